@@ -1,0 +1,116 @@
+"""Which bytes of memory does a buffer touch? Of contiguous, strided and many-dimensional buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from apmem2.native import ffi
+
+_FULL_READ_ONLY = 0x11C  # PyBUF_FULL_RO
+
+
+class _PyBuffer(ctypes.Structure):
+    """Py_buffer, which belongs to the stable ABI since Python 3.11. Only buf is read."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+class Pin:
+    """A hold on somebody's buffer: while it lives, the buffer cannot be closed. Over a raw address it holds nothing."""
+
+    __slots__ = ("address", "cdata", "read_only", "size")
+
+    def __init__(self, address: int, size: int, cdata: Any, read_only: bool) -> None:
+        self.address = address
+        self.size = size
+        self.cdata = cdata
+        self.read_only = read_only
+
+    def memory(self) -> memoryview:
+        """All of it, format "B"; a view of the buffer itself, never of its bare address, unless that is all there is."""
+        cdata = ffi.cast("char *", self.address) if self.cdata is None else self.cdata
+        view = memoryview(ffi.buffer(cdata, self.size))
+        return view.toreadonly() if self.read_only else view
+
+
+def raw(address: int, size: int) -> Pin:
+    """A raw address: the caller keeps it mapped."""
+    return Pin(address, size, None, False)
+
+
+def pin(buffer: Any) -> Pin:
+    """Hold a contiguous buffer."""
+    view = memoryview(buffer)
+    if not view.contiguous:
+        raise ValueError("only a contiguous buffer can be adopted: adopt the whole array, persist slices of it")
+    read_only = view.readonly
+    if not view.c_contiguous:
+        buffer = buffer.T  # Fortran order, an array's: its transpose is the same memory in C order
+    view.release()
+    cdata = ffi.from_buffer("char[]", buffer)
+    return Pin(int(ffi.cast("uintptr_t", cdata)), len(cdata), cdata, read_only)
+
+
+def _first_element(buffer: Any) -> int:
+    """The address of element 0. Asked through the buffer protocol's own door: no other one takes strided buffers."""
+    found = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(found), _FULL_READ_ONLY)
+    address = found.buf or 0
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(found))
+    return address
+
+
+class Touched:
+    """The memory that a buffer touches: `address` and `size` of its hull, iterated as blocks (address, size).
+
+    Gaps smaller than unit (bytes, the persist's granularity) are closed, because every unit in them is touched.
+    """
+
+    __slots__ = ("_block", "_steps", "address", "size")
+
+    def __init__(self, buffer: Any, unit: int) -> None:
+        view = memoryview(buffer)
+        if view.suboffsets:
+            raise ValueError("buffers with suboffsets are not supported")
+        self._steps: list[tuple[int, int]] = []
+        if view.nbytes == 0 or view.c_contiguous:
+            cdata = ffi.from_buffer(buffer)
+            self.address = int(ffi.cast("uintptr_t", cdata))
+            self._block = self.size = view.nbytes
+            return
+        self.address = _first_element(buffer)
+        self._block = view.itemsize
+        reach = view.itemsize
+        dimensions = list(zip(view.shape or (), view.strides or (), strict=True))
+        for count, stride in sorted(dimensions, key=lambda dimension: abs(dimension[1])):
+            if stride < 0:
+                self.address += stride * (count - 1)
+            step = abs(stride)
+            reach += step * (count - 1)
+            if count > 1 and not self._steps and step <= max(self._block, unit):
+                self._block += step * (count - 1)
+            elif count > 1:
+                self._steps.append((count, step))
+        self.size = reach
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self._block == 0:
+            return
+        offsets = (range(0, count * step, step) for count, step in reversed(self._steps))
+        for combination in itertools.product(*offsets):
+            yield self.address + sum(combination), self._block

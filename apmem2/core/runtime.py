@@ -1,0 +1,484 @@
+"""How does work leave the event loop, and how does the loop learn that it is done?
+
+The only file that knows which event loop it is on; everything above waits through it. One `Bridge` per loop: the jobs
+of one tick leave in one C call, completions come back through one eventfd. A cancelled waiter is not a cancelled job
+(law 6): work that has not begun is withdrawn, work that has begun goes on with everything that it uses kept alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import struct
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from apmem2.core import config
+from apmem2.core.errors import ErrorCode, PmemError, error_of
+from apmem2.native import ffi, lib
+
+# kind, flags, tag, map, offset, size, data: struct apm_job; the sizes are asserted on both sides.
+_JOB = struct.Struct("=IIQQQQQ")
+_RESULT = struct.Struct("=IiQ")
+_BATCH = 1024  # jobs and completions of one C call
+_BREATH = 65536  # inline work between two yields: bytes, with _BREATH_EACH for each call
+_BREATH_EACH = 64
+_EXIT_WAIT_MS = 5000  # how long leaving the interpreter waits for calls that are under way
+
+assert _JOB.size == ffi.sizeof("struct apm_job")
+assert _RESULT.size == ffi.sizeof("struct apm_result")
+
+Settle = Callable[[int], PmemError]
+
+
+class Operation:
+    """One job from the asking to its completion; awaiting it is waiting for the completion.
+
+    `keep` holds whatever the job uses in memory until it has ended. `undo` runs instead of the waiter when the job
+    succeeded and nobody is there any more to take what it made. `ended` runs at the end in any case, and a job that has
+    it is not withdrawn when its waiter is cancelled.
+    """
+
+    __slots__ = (
+        "bridge", "data", "ended", "error", "flags", "future", "keep", "kind", "map", "offset", "refusal", "size",
+        "tag", "undo",
+    )  # fmt: skip
+
+    WAITING = -1  # in the list of its tick
+    ENDED = -2
+
+    def __init__(self, bridge: Bridge, kind: int, error: Settle, keep: object) -> None:
+        self.bridge = bridge
+        self.kind = kind
+        self.flags = 0
+        self.map = 0
+        self.offset = 0
+        self.size = 0
+        self.data = 0
+        self.error = error
+        self.keep = keep
+        self.undo: Callable[[], None] | None = None
+        self.ended: Callable[[], None] | None = None
+        self.refusal: PmemError | None = None  # why the pool did not take it
+        self.tag = Operation.WAITING
+        self.future: asyncio.Future[None] | None = None
+
+    def __await__(self) -> Generator[Any, None, None]:
+        future = self.future
+        assert future is not None
+        try:
+            yield from future
+        except asyncio.CancelledError:
+            self.bridge.withdraw(self)
+            raise
+
+    def abandon(self) -> None:
+        """Nobody will wait for it."""
+        if self.future is not None:
+            self.future.cancel()
+        self.bridge.withdraw(self)
+
+    async def to_the_end(self) -> None:
+        """Wait for the completion even when cancelled; the cancellation is raised after it."""
+        future = self.future
+        assert future is not None
+        cancelled: asyncio.CancelledError | None = None
+        while not future.done():
+            try:
+                await asyncio.wait((future,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+                self.bridge.withdraw(self)
+        if cancelled is not None:
+            if not future.cancelled() and future.exception() is None and self.undo is not None:
+                self.undo()
+            raise cancelled
+        future.result()
+
+
+class Bridge:
+    """Between one event loop and the pool. Used by that loop's thread only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        settings = config.settle()
+        out = ffi.new("struct apm_channel **")
+        code: int = lib.apm_channel_new(settings.jobs_max, out)
+        if code < 0:
+            raise error_of(code, "starting the runtime")
+        self.loop = loop
+        self.capacity = settings.jobs_max
+        self.spent = 0
+        self._channel = out[0]
+        self._fd: int = lib.apm_channel_fd(self._channel)
+        self._slots: list[Operation | None] = []
+        self._free: list[int] = []
+        self._tick: deque[Operation] = deque()
+        self._scheduled = False
+        self._room: list[asyncio.Future[None]] = []
+        self._packed = bytearray(_JOB.size * _BATCH)
+        self._jobs = ffi.from_buffer("struct apm_job[]", self._packed)
+        self._results = ffi.new("struct apm_result[]", _BATCH)
+        self._completions = memoryview(ffi.buffer(self._results))
+        try:
+            loop.add_reader(self._fd, self._arrive)
+        except BaseException:
+            lib.apm_channel_free(self._channel)
+            raise
+
+    # ---- out ---------------------------------------------------------------------------------------------------
+
+    def start(self, operation: Operation) -> Operation:
+        """Put it on this tick's list; it leaves with all others of the tick."""
+        operation.future = self.loop.create_future()
+        self._tick.append(operation)
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._leave)
+        return operation
+
+    def accept(self, operation: Operation) -> Awaitable[None] | None:
+        """Hand it to the pool now, after all that was started before it; nobody will wait for its completion.
+
+        None: done. When the pool is full, an awaitable that ends with the acceptance. Raises what the pool refuses with.
+        """
+        self._tick.append(operation)
+        self._leave()
+        if operation.refusal is not None:
+            raise operation.refusal
+        return self._accepted(operation) if operation.tag == Operation.WAITING else None
+
+    async def _accepted(self, operation: Operation) -> None:
+        try:
+            while operation.tag == Operation.WAITING:
+                future = self.loop.create_future()
+                self._room.append(future)
+                await future
+        except asyncio.CancelledError:
+            if operation.tag == Operation.WAITING:
+                self.withdraw(operation)
+            raise
+        if operation.refusal is not None:
+            raise operation.refusal
+
+    def _leave(self) -> None:
+        self._scheduled = False
+        tick, slots, free = self._tick, self._slots, self._free
+        while tick:
+            batch: list[Operation] = []
+            while tick and len(batch) < _BATCH:
+                if not free:
+                    if len(slots) == self.capacity:
+                        break
+                    free.append(len(slots))
+                    slots.append(None)
+                operation = tick.popleft()
+                if operation.tag == Operation.ENDED:
+                    continue  # withdrawn while it waited here
+                operation.tag = tag = free.pop()
+                slots[tag] = operation
+                _JOB.pack_into(
+                    self._packed,
+                    len(batch) * _JOB.size,
+                    operation.kind,
+                    operation.flags,
+                    tag,
+                    operation.map,
+                    operation.offset,
+                    operation.size,
+                    operation.data,
+                )
+                batch.append(operation)
+            if not batch:
+                return  # full: what comes back makes room
+            accepted: int = lib.apm_pool_submit(self._channel, self._jobs, len(batch))
+            if accepted == len(batch):
+                continue
+            for operation in reversed(batch[max(accepted, 0) :]):
+                slots[operation.tag] = None
+                free.append(operation.tag)
+                operation.tag = Operation.WAITING
+                tick.appendleft(operation)
+            if accepted < 0:  # the first one was refused: it is told, the others get their own answer
+                refused = tick.popleft()
+                refused.refusal = refused.error(accepted)
+                self._settle(refused, accepted)
+
+    def withdraw(self, operation: Operation) -> None:
+        """Take it back if it has not begun: nothing is submitted for it then."""
+        if operation.ended is not None:
+            return
+        if operation.tag >= 0:
+            lib.apm_pool_withdraw(self._channel, operation.tag)
+        elif operation.tag == Operation.WAITING:
+            operation.tag = Operation.ENDED
+            operation.keep = None
+            if operation.future is not None and not operation.future.done():
+                operation.future.cancel()
+
+    # ---- back --------------------------------------------------------------------------------------------------
+
+    def _arrive(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._fd, 8)
+        self._take()
+        if self._tick and not self._scheduled:
+            self._leave()
+        if self._room:
+            waiting, self._room = self._room, []
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
+
+    def _take(self) -> None:
+        slots, free = self._slots, self._free
+        while True:
+            count: int = lib.apm_channel_take(self._channel, self._results, _BATCH)
+            if count <= 0:
+                return
+            for tag, code, _ in _RESULT.iter_unpack(self._completions[: count * _RESULT.size]):
+                operation = slots[tag]
+                slots[tag] = None
+                free.append(tag)
+                if operation is not None:
+                    self._settle(operation, code)
+            if count < _BATCH:
+                return
+
+    def _settle(self, operation: Operation, code: int) -> None:
+        operation.tag = Operation.ENDED
+        operation.keep = None
+        if operation.ended is not None:
+            operation.ended()
+        future = operation.future
+        error = None if code >= 0 or code == ErrorCode.WITHDRAWN else operation.error(code)
+        if future is None or future.done() or self.loop.is_closed():
+            if code >= 0 and operation.undo is not None:
+                operation.undo()
+        elif error is not None:
+            future.set_exception(error)
+        elif code >= 0:
+            future.set_result(None)
+        else:
+            future.cancel()
+
+    # ---- around ------------------------------------------------------------------------------------------------
+
+    def spend(self, size: int) -> Awaitable[None] | None:
+        """Account for inline work of size bytes; what it returns, if anything, is to be awaited: others get a turn."""
+        self.spent += size + _BREATH_EACH
+        if self.spent < _BREATH:
+            return None
+        self.spent = 0
+        return asyncio.sleep(0)
+
+    def retire(self) -> bool:
+        """The loop is closed: let go of what has ended. True when nothing of it is in flight any more."""
+        for operation in self._tick:
+            operation.tag = Operation.ENDED
+        self._tick.clear()
+        self._take()
+        return bool(lib.apm_channel_free(self._channel) == 0)
+
+    def in_flight(self) -> list[Operation]:
+        """Operations that the pool has."""
+        return [operation for operation in self._slots if operation is not None]
+
+
+class Waiter:
+    """One wake-up, from any thread or loop, for a coroutine of the loop that made it."""
+
+    __slots__ = ("_future", "_loop")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] = self._loop.create_future()
+
+    async def wait(self) -> None:
+        """Return after `wake`."""
+        await self._future
+
+    def wake(self) -> bool:
+        """Wake it. False: its loop is closed, nobody will ever come."""
+        try:
+            self._loop.call_soon_threadsafe(self._set)
+        except RuntimeError:
+            return False
+        return True
+
+    def _set(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+
+# ---- the process: one bridge for each loop, fork and exit -----------------------------------------------------------
+
+
+class _Here(threading.local):
+    bridge: Bridge | None = None
+
+
+_here = _Here()
+_lock = threading.Lock()  # guards the two below; held for moments only
+_bridges: list[Bridge] = []
+_at_exit_set = False
+_forked = False
+
+
+def is_forked() -> bool:
+    """Is this a child of the process that started the runtime?"""
+    return _forked
+
+
+def check_forked() -> None:
+    """Raise `ForkedError` in a child of the process that started the runtime (law 7)."""
+    if _forked:
+        raise error_of(ErrorCode.FORKED, "apmem2")
+
+
+def bridge() -> Bridge:
+    """The bridge of the running loop, made at its first use."""
+    if _forked:
+        check_forked()
+    loop = asyncio.get_running_loop()
+    found = _here.bridge
+    if found is None or found.loop is not loop:
+        found = _here.bridge = _bridge_of(loop)
+    return found
+
+
+def _bridge_of(loop: asyncio.AbstractEventLoop) -> Bridge:
+    global _at_exit_set
+    with _lock:
+        for known in _bridges:
+            if known.loop is loop:
+                return known
+        _bridges[:] = [known for known in _bridges if not (known.loop.is_closed() and known.retire())]
+        fresh = Bridge(loop)
+        _bridges.append(fresh)
+        if not _at_exit_set:
+            _at_exit_set = True
+            atexit.register(_leave_process)
+        return fresh
+
+
+async def gather(operations: list[Operation]) -> None:
+    """Wait for all of them, then raise the first error. Cancelled, it lets go of all of them."""
+    error: PmemError | None = None
+    try:
+        for operation in operations:
+            try:
+                await operation
+            except PmemError as failure:
+                error = error or failure
+    except BaseException:
+        for operation in operations:
+            operation.abandon()
+        raise
+    if error is not None:
+        raise error
+
+
+async def control(
+    kind: int,
+    request: Any,
+    error: Settle,
+    *,
+    undo: Callable[[], None] | None = None,
+    keep: object = None,
+    to_the_end: bool = False,
+) -> None:
+    """Run one control job of the core on `request` in the pool.
+
+    undo: run when it succeeded and its waiter was cancelled. to_the_end: a cancellation is raised only after the job has
+    ended (for jobs that are short and hold something of the caller's).
+    """
+    operation = Operation(bridge(), kind, error, (request, keep))
+    operation.data = int(ffi.cast("uintptr_t", request))
+    operation.undo = undo
+    operation.bridge.start(operation)
+    if to_the_end:
+        await operation.to_the_end()
+    else:
+        await operation
+
+
+def _mark_forked() -> None:
+    global _forked
+    if _bridges or lib.apm_is_forked():
+        _forked = True
+
+
+def _leave_process() -> None:
+    """Stop the pool before the interpreter frees memory that a job may be using."""
+    if _forked or lib.apm_is_forked():
+        return
+    left: int = lib.apm_pool_stop(_EXIT_WAIT_MS)
+    if left > 0:  # a call that hangs in the kernel: what it uses must never be freed
+        import ctypes
+
+        for known in _bridges:
+            for operation in known.in_flight():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(operation))
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the pool did so far and does now, for the whole process. Jobs that ran inline are not in it.
+
+    Counts are jobs; `sync_calls` are msync and synchronous writes; bytes are as asked for, not rounded to pages;
+    `oldest_round_s` is the age of the longest running round (0: none runs); latencies are from acceptance to completion.
+    """
+
+    submitted: int
+    completed: int
+    failed: int
+    withdrawn: int
+    in_flight: int
+    rounds: int
+    round_jobs: int
+    sync_calls: int
+    bytes_persisted: int
+    bytes_copied: int
+    oldest_round_s: float
+    latency_mean_s: float
+    latency_max_s: float
+    threads: int
+
+    @property
+    def jobs_per_round(self) -> float:
+        """Mean number of jobs that shared a round; 0 before the first."""
+        return self.round_jobs / self.rounds if self.rounds else 0.0
+
+
+def statistics() -> Statistics:
+    """A frozen snapshot of the runtime's numbers. Any thread; starts nothing."""
+    check_forked()
+    out = ffi.new("struct apm_statistics *")
+    lib.apm_pool_statistics(out)
+    return Statistics(
+        submitted=out.submitted,
+        completed=out.completed,
+        failed=out.failed,
+        withdrawn=out.withdrawn,
+        in_flight=out.in_flight,
+        rounds=out.rounds,
+        round_jobs=out.round_jobs,
+        sync_calls=out.sync_calls,
+        bytes_persisted=out.bytes_persisted,
+        bytes_copied=out.bytes_copied,
+        oldest_round_s=out.oldest_round_ns / 1e9,
+        latency_mean_s=out.latency_ns_total / out.completed / 1e9 if out.completed else 0.0,
+        latency_max_s=out.latency_ns_max / 1e9,
+        threads=out.threads,
+    )

@@ -1,0 +1,132 @@
+/* apm_create.c - how does a new file become whole, durable and visible, in that order?
+ *
+ * Creation is invisible until it is whole (law 15): an unnamed file (O_TMPFILE), or one under a temporary name, is
+ * allocated, written once so that no later round pays for allocation, synced, and only then linked under its name;
+ * then the directory is synced. Until the link nobody can see it, and whatever fails leaves nothing behind. */
+#include "apm_internal.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static int allocate(int fd, uint64_t from, const struct apm_open_request *request) {
+    int result;
+    uint64_t to = request->size;
+    if (to > INT64_MAX)
+        return -EFBIG;
+    if (request->flags & APM_OPEN_SPARSE) {
+        APM_OUTSIDE(result, APM_CALL_FTRUNCATE, fd, 0, to, ftruncate(fd, (off_t)to));
+        return result < 0 ? -errno : 0;
+    }
+    APM_OUTSIDE(result, APM_CALL_FALLOCATE, fd, from, to - from,
+                fallocate(fd, 0, (off_t)from, (off_t)(to - from)));
+    if (result < 0 && errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL && errno != EPERM)
+        return -errno;
+    /* Where fallocate is unknown, the writing itself allocates (law 16). */
+    return apm_sync_zero(fd, from, to, &request->abandoned);
+}
+
+int apm_extend_file(int fd, uint64_t from, const struct apm_open_request *request) {
+    int result = allocate(fd, from, request);
+    if (result == 0)
+        result = apm_sync_file(fd);
+    if (result < 0) {
+        int cut; /* back to what it was: a half-grown file would have a size that nobody asked for */
+        APM_OUTSIDE(cut, APM_CALL_FTRUNCATE, fd, 0, from, ftruncate(fd, (off_t)from));
+        (void)cut;
+    }
+    return result;
+}
+
+static int open_unnamed(int directory, uint32_t mode) {
+    int fd;
+    APM_OUTSIDE(fd, APM_CALL_TMPFILE, directory, 0, 0,
+                openat(directory, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, (mode_t)mode));
+    return fd < 0 ? -errno : fd;
+}
+
+static int link_unnamed(int fd, int directory, const char *name) {
+    char own[64];
+    int result;
+    snprintf(own, sizeof own, "/proc/self/fd/%d", fd);
+    APM_OUTSIDE(result, APM_CALL_LINK, fd, 0, 0, linkat(AT_FDCWD, own, directory, name, AT_SYMLINK_FOLLOW));
+    return result < 0 ? -errno : 0;
+}
+
+static int unlink_name(int directory, const char *name) {
+    int result;
+    APM_OUTSIDE(result, APM_CALL_UNLINK, directory, 0, 0, unlinkat(directory, name, 0));
+    return result < 0 ? -errno : 0;
+}
+
+/* The plain way: a temporary name, linked to the final one. link() and not rename(): it never replaces a file that
+ * somebody else made in the meantime. */
+static int create_named(int directory, const char *name, const struct apm_open_request *request, int *out) {
+    static uint32_t counter;
+    char temporary[64];
+    snprintf(temporary, sizeof temporary, ".apmem2-%ld-%u.tmp", (long)getpid(),
+             __atomic_add_fetch(&counter, 1, __ATOMIC_RELAXED));
+    int fd;
+    APM_OUTSIDE(fd, APM_CALL_OPEN, directory, 0, 0,
+                openat(directory, temporary, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+                       (mode_t)request->mode));
+    if (fd < 0)
+        return -errno;
+    int result = allocate(fd, 0, request);
+    if (result == 0)
+        result = apm_sync_file(fd);
+    if (result == 0) {
+        APM_OUTSIDE(result, APM_CALL_LINK, fd, 0, 0, linkat(directory, temporary, directory, name, 0));
+        if (result < 0)
+            result = -errno;
+        if (result == -EPERM || result == -EOPNOTSUPP || result == -ENOSYS) { /* no hard links on this file system */
+            APM_OUTSIDE(result, APM_CALL_LINK, fd, 0, 0,
+                        renameat2(directory, temporary, directory, name, RENAME_NOREPLACE));
+            if (result == 0)
+                temporary[0] = 0;
+            else
+                result = -errno;
+        }
+    }
+    if (temporary[0])
+        (void)unlink_name(directory, temporary);
+    if (result < 0) {
+        close(fd);
+        return result;
+    }
+    *out = fd;
+    return 0;
+}
+
+int apm_create_file(int directory, const char *name, const struct apm_open_request *request, int *out) {
+    int fd = open_unnamed(directory, request->mode), result;
+    if (fd >= 0) {
+        result = allocate(fd, 0, request);
+        if (result == 0)
+            result = apm_sync_file(fd);
+        if (result == 0)
+            result = link_unnamed(fd, directory, name);
+        if (result == 0) {
+            *out = fd;
+        } else {
+            close(fd);
+            if (result == -ENOENT) /* no /proc to link through */
+                result = create_named(directory, name, request, out);
+        }
+    } else if (fd == -EOPNOTSUPP || fd == -EISDIR || fd == -ENOSYS || fd == -EINVAL || fd == -EPERM ||
+               fd == -ENOENT) {
+        result = create_named(directory, name, request, out); /* kernels and file systems without O_TMPFILE */
+    } else {
+        return fd;
+    }
+    if (result < 0)
+        return result;
+    result = apm_sync_directory(directory);
+    if (result < 0) { /* the name may not last: take it back, the caller is told that nothing was made */
+        (void)unlink_name(directory, name);
+        close(*out);
+    }
+    return result;
+}

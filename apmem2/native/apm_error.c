@@ -1,0 +1,22 @@
+/* apm_error.c - what is this code called? */
+#include "apm_internal.h"
+
+#include <string.h>
+
+const char *apm_error_name(int code) {
+    switch (code) {
+#define NAME(x) case APM_E_##x: return #x;
+        NAME(UNKNOWN) NAME(NOSUPP) NAME(FILE_HANDLE_NOT_SET) NAME(INVALID_FILE_HANDLE) NAME(INVALID_FILE_TYPE)
+        NAME(MAP_RANGE) NAME(MAPPING_EXISTS) NAME(GRANULARITY_NOT_SET) NAME(GRANULARITY_NOT_SUPPORTED)
+        NAME(OFFSET_OUT_OF_RANGE) NAME(OFFSET_UNALIGNED) NAME(LENGTH_UNALIGNED) NAME(MAPPING_NOT_FOUND)
+        NAME(SOURCE_EMPTY) NAME(INVALID_SHARING_VALUE) NAME(ADDRESS_NULL) NAME(LENGTH_OUT_OF_RANGE)
+        NAME(INVALID_PROT_FLAG) NAME(NO_ACCESS) NAME(FORKED) NAME(STOPPED) NAME(WITHDRAWN) NAME(FILE_FAILED)
+        NAME(FILE_SHRANK) NAME(SIZE_MISMATCH) NAME(FOREIGN_OWNER) NAME(NOT_MAPPED) NAME(PRIVATE_MEMORY)
+        NAME(OTHER_FILE) NAME(CACHE_NOT_DROPPED) NAME(NOT_CONTIGUOUS) NAME(CLOSED)
+#undef NAME
+    default:
+        break;
+    }
+    const char *name = code < 0 && code > -4096 ? strerrorname_np(-code) : NULL;
+    return name ? name : "UNKNOWN";
+}

@@ -1,0 +1,183 @@
+/* apm_internal.h - what the files of the core share among themselves.
+ *
+ * Locks, and the order in which they may be held together (left before right):
+ *   files_lock (apm_file.c)  the table of files
+ *   pool_lock  (apm_pool.c)  queues, rounds, pins, drains, the numbers of the pool
+ *   channel lock             one list of completions; never together with pool_lock (law 3)
+ *   observer lock            the recorder; innermost
+ */
+#ifndef APM_INTERNAL_H
+#define APM_INTERNAL_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "apm.h"
+
+#define APM_LIKELY(x) __builtin_expect(!!(x), 1)
+#define APM_UNLIKELY(x) __builtin_expect(!!(x), 0)
+
+/* Bounds (law 8). */
+enum {
+    APM_ROUND_JOBS_MAX = 1024,     /* jobs taken into one round */
+    APM_EINTR_MAX = 100,           /* times that one interrupted call is begun again */
+    APM_THREAD_STACK = 256 * 1024, /* bytes */
+};
+#define APM_PIECE ((uint64_t)8 << 20) /* bytes of one write: what a small job may have to wait for */
+
+/* ---- observer: see apm_observe.c -------------------------------------------------------------- */
+extern int apm_observing; /* recording is on */
+extern int apm_watching;  /* anything at all is on: recording, faults, a gate */
+void apm_observe_note(uint32_t call, uint64_t object, uint64_t offset, uint64_t size);
+
+struct apm_outside {
+    uint32_t call;
+    uint64_t object, offset, size, begun;
+};
+/* 0, or the errno that the call must fail with. */
+int apm_outside_begin(struct apm_outside *outside);
+void apm_outside_end(const struct apm_outside *outside, int64_t result);
+/* size, or what a planted short write leaves of it. */
+uint64_t apm_fault_cut(uint32_t call, uint64_t size);
+
+/* The one way to call out: result = expression, numbered, recorded and made to fail when a test asks for it.
+ * Like the calls themselves: -1 and errno. */
+#define APM_OUTSIDE(result, call_, object_, offset_, size_, expression)                                  \
+    do {                                                                                                 \
+        if (APM_LIKELY(!__atomic_load_n(&apm_watching, __ATOMIC_RELAXED))) {                             \
+            (result) = (expression);                                                                     \
+        } else {                                                                                         \
+            struct apm_outside outside_ = {(call_), (uint64_t)(object_), (uint64_t)(offset_),            \
+                                           (uint64_t)(size_), 0};                                        \
+            int planted_ = apm_outside_begin(&outside_);                                                 \
+            if (planted_) {                                                                              \
+                errno = planted_;                                                                        \
+                (result) = -1;                                                                           \
+            } else {                                                                                     \
+                (result) = (expression);                                                                 \
+            }                                                                                            \
+            int saved_ = errno;                                                                          \
+            apm_outside_end(&outside_, (int64_t)(result) == -1 ? -(int64_t)saved_ : (int64_t)(result));  \
+            errno = saved_;                                                                              \
+        }                                                                                                \
+    } while (0)
+
+/* mmap() through APM_OUTSIDE, as APM_CALL_MMAP or APM_CALL_MMAP_SYNC: MAP_FAILED and errno. */
+void *apm_sys_mmap(uint32_t call, void *at, size_t length, int protection, int flags, int fd, uint64_t offset);
+void *apm_allocate(size_t size); /* zeroed, or NULL; counted and faulted as APM_CALL_MALLOC */
+
+/* ---- the kernel's table of mappings: apm_vma.c -------------------------------------------------- */
+struct apm_vma {
+    uint64_t start, end, offset, device, inode;
+    bool readable, writable, shared;
+    char name[512];
+};
+/* The mapping that contains address: 0, -APM_E_NOT_MAPPED's code, or -errno. */
+int apm_vma_at(uint64_t address, struct apm_vma *out);
+/* Has the mapping that contains address MAP_SYNC? 1, 0 or -errno. */
+int apm_vma_is_synchronous(uint64_t address);
+
+/* ---- media: apm_medium.c -------------------------------------------------------------------------- */
+struct apm_medium {
+    uint64_t file_system;
+    uint32_t durability;
+    bool coherent;
+};
+void apm_medium_of(int fd, struct apm_medium *out);
+bool apm_has_eadr(void);
+/* What the kernel grants for a shared file mapping, from what it said to MAP_SYNC. */
+uint32_t apm_granted_granularity(bool map_sync);
+
+/* ---- files -------------------------------------------------------------------------------------- */
+struct apm_record;
+struct apm_work { /* a node of the pool's own errands: embedded, so that none needs memory */
+    struct apm_work *next;
+    void (*run)(struct apm_work *work);
+};
+
+struct apm_file_full {
+    struct apm_file pub; /* first: the pointers are the same */
+    struct apm_file_full *next; /* in its bucket; files_lock */
+    uint32_t references;        /* files_lock; those of maps included */
+    uint32_t maps;              /* files_lock */
+    bool retained;              /* files_lock: nobody uses it, its fd must stay open */
+    int second_fd;              /* the earlier, read-only description, or -1 */
+    struct apm_work close_work;
+    /* rounds: pool_lock */
+    struct apm_record *first, *last; /* jobs waiting for the next round */
+    struct apm_file_full *next_ready;
+    bool ready, running;
+};
+int apm_file_open(struct apm_open_request *request);
+/* A map's reference, taken and dropped. The latter closes on this thread, one of the pool's. */
+void apm_file_hold_for_map(struct apm_file *file);
+void apm_file_drop_for_map(struct apm_file *file);
+/* Finds the file behind a mapping of this process. 0 with *out possibly without descriptor, or negative. */
+int apm_file_of_vma(const struct apm_vma *vma, struct apm_file **out, int32_t *cause);
+void apm_file_fail(struct apm_file *file, int code); /* the first failure stays (law 4) */
+static inline int apm_file_failure(const struct apm_file *file) {
+    return __atomic_load_n(&file->failed, __ATOMIC_ACQUIRE);
+}
+/* apm_create.c: a new file, or a longer one, durable with its name (law 15). *out = O_RDWR descriptor. */
+int apm_create_file(int directory, const char *name, const struct apm_open_request *request, int *out);
+int apm_extend_file(int fd, uint64_t from, const struct apm_open_request *request);
+
+/* ---- maps ------------------------------------------------------------------------------------------- */
+struct apm_map_full {
+    struct apm_map pub; /* first */
+    uint64_t mapped_length; /* page rounded; 0: not ours to unmap */
+    uint32_t references;    /* atomic: the holder of the struct, and the memory */
+    struct apm_work unmap_work;
+    /* pool_lock */
+    uint32_t pins;          /* jobs that use the memory */
+    bool disowned, unmapping;
+    uint32_t running_all, running_sync; /* accepted, not completed */
+    struct apm_record *drains;          /* waiting for some of them */
+    int32_t unreported;                 /* first error of a flush that nobody awaited */
+    uint64_t unmap_sequence;
+};
+int apm_map_run(struct apm_map_request *request);
+int apm_adopt_run(struct apm_adopt_request *request);
+int apm_check_run(struct apm_check_request *request);
+int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size);
+void apm_map_unmap(struct apm_map_full *map); /* memory and file; then drops the memory's reference */
+void apm_map_drop(struct apm_map_full *map);
+
+/* ---- pool -------------------------------------------------------------------------------------------- */
+struct apm_record {
+    struct apm_job job;
+    struct apm_channel *channel;
+    struct apm_record *next, *previous; /* its queue; when done, the completion list */
+    uint64_t sequence;  /* order of acceptance */
+    uint64_t accepted_ns;
+    int32_t code;
+    uint32_t waits_for; /* DRAIN: jobs that it still waits for */
+    uint8_t state;      /* enum in apm_pool.c */
+    bool began, is_sync;
+    bool needs_sync; /* a copy whose pages the persists of its round have to sync */
+    struct apm_file_full *file; /* whose round it waits for, or NULL */
+};
+void apm_pool_schedule(struct apm_work *work); /* an errand of the core's own, at any time */
+void apm_map_errand_done(struct apm_map_full *map); /* the unmapping is over: drains may go */
+uint64_t apm_now_ns(void);
+
+/* ---- sync: the only file with sync and write calls --------------------------------------------------- */
+struct apm_round_counts {
+    uint64_t sync_calls, bytes_persisted, bytes_copied;
+};
+/* Runs one round: the codes of the records are set when it returns, every call has ended, and durable means
+ * durable for those with 0. */
+void apm_sync_round(struct apm_file_full *file, struct apm_record *jobs, struct apm_round_counts *counts);
+/* COPY and FILL with NOFLUSH: only visible. Errors are the caller's alone (law 4). */
+int apm_sync_write_plain(const struct apm_record *record);
+int apm_sync_zero(int fd, uint64_t from, uint64_t to, const uint32_t *abandoned);
+int apm_sync_file(int fd);      /* fsync */
+int apm_sync_directory(int fd); /* fsync, of a directory */
+int apm_sync_data(int fd);      /* fdatasync */
+
+#endif

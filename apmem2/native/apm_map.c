@@ -1,0 +1,351 @@
+/* apm_map.c - how does a range of a file become memory, and when does it stop being that?
+ *
+ * Owned maps are mapped from the file's one description, because msync reports a failed write-back to the description
+ * of the mapping (law 13). An adopted map is somebody else's mapping: it is looked at, never changed, never unmapped.
+ * A map outlives its jobs (law 5): pins and the unmapping are counted in apm_pool.c under its lock. */
+#include "apm_internal.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+#ifndef MAP_SYNC
+#define MAP_SYNC 0x80000
+#endif
+#ifndef MAP_SHARED_VALIDATE
+#define MAP_SHARED_VALIDATE 3
+#endif
+
+/* Read-ahead in pieces: one request over everything is cut short without a word, and pieces of at most this size
+ * leave small folios behind (measured, DESIGN of the page cache in ARCHITECTURE.md). */
+#define READ_PIECE ((uint64_t)2 << 20)
+
+uint64_t apm_page_size(void) {
+    static uint64_t size;
+    if (APM_UNLIKELY(!size))
+        size = (uint64_t)sysconf(_SC_PAGESIZE);
+    return size;
+}
+
+void *apm_sys_mmap(uint32_t call, void *at, size_t length, int protection, int flags, int fd, uint64_t offset) {
+    intptr_t result;
+    APM_OUTSIDE(result, call, fd, offset, length, (intptr_t)mmap(at, length, protection, flags, fd, (off_t)offset));
+    return (void *)result;
+}
+
+static struct apm_map_full *new_map(void) {
+    struct apm_map_full *map = apm_allocate(sizeof *map);
+    if (map)
+        map->references = 2; /* whoever holds the struct, and the memory */
+    return map;
+}
+
+static int system_protection(uint32_t protection) {
+    return (protection & APM_PROT_READ ? PROT_READ : 0) | (protection & APM_PROT_WRITE ? PROT_WRITE : 0) |
+           (protection & APM_PROT_EXEC ? PROT_EXEC : 0);
+}
+
+/* What forcing does to a granularity that the kernel granted; *forced when it is finer than granted. */
+static uint32_t apply_force(uint32_t granted, bool *forced) {
+    int wanted = apm_forced_granularity();
+    *forced = wanted >= 0 && (uint32_t)wanted < granted;
+    if (wanted < 0 || (wanted != APM_PAGE && !apm_cpu()->can_flush))
+        return granted;
+    return (uint32_t)wanted;
+}
+
+static uint32_t durability_of(const struct apm_file *file, uint32_t sharing, bool forced) {
+    if (!file || sharing == APM_PRIVATE)
+        return APM_DURABILITY_NONE;
+    if (forced && file->durability == APM_DURABILITY_POWER_LOSS)
+        return APM_DURABILITY_UNKNOWN; /* nobody syncs, so nothing is known to reach the medium (promise 6) */
+    return file->durability;
+}
+
+static void decide_copy_path(struct apm_map *map) {
+    map->by_pwrite = map->file && map->sharing == APM_SHARED && map->granularity == APM_PAGE &&
+                     (map->protection & APM_PROT_WRITE) && map->file->writable && map->file->coherent;
+}
+
+/* Drops clean cached pages, so that large folios that writing or read-ahead left behind do not turn a one-page persist
+ * into a megabyte of writing. Dirty and mapped pages stay; no error matters. */
+static void drop_clean_cache(const struct apm_file *file, uint64_t offset, uint64_t length) {
+    int result;
+    APM_OUTSIDE(result, APM_CALL_FADVISE, file->inode, offset, length,
+                posix_fadvise(file->fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED));
+    (void)result;
+}
+
+int apm_map_run(struct apm_map_request *request) {
+    struct apm_file *file = request->file;
+    const uint64_t page = apm_page_size();
+    request->map = NULL;
+    if (request->sharing != APM_SHARED && request->sharing != APM_PRIVATE)
+        return APM_E_INVALID_SHARING_VALUE;
+    if (request->length == 0)
+        return APM_E_LENGTH_OUT_OF_RANGE;
+    if (request->offset % page)
+        return APM_E_OFFSET_UNALIGNED;
+    uint64_t rounded = (request->length + page - 1) & ~(page - 1);
+    if (rounded < request->length)
+        return APM_E_LENGTH_OUT_OF_RANGE;
+    if (file) {
+        struct stat about;
+        int result;
+        int failure = apm_file_failure(file);
+        if (failure)
+            return APM_E_FILE_FAILED;
+        APM_OUTSIDE(result, APM_CALL_FSTAT, file->fd, 0, 0, fstat(file->fd, &about));
+        if (result < 0)
+            return -errno;
+        if (about.st_size == 0)
+            return APM_E_SOURCE_EMPTY;
+        if (request->offset >= (uint64_t)about.st_size)
+            return APM_E_OFFSET_OUT_OF_RANGE;
+        if (request->length > (uint64_t)about.st_size - request->offset)
+            return APM_E_MAP_RANGE;
+    }
+    struct apm_map_full *map = new_map();
+    if (!map)
+        return -ENOMEM;
+    bool shared_file = file && request->sharing == APM_SHARED;
+    int protection = system_protection(request->protection), fd = file ? file->fd : -1;
+    void *memory = MAP_FAILED;
+    bool map_sync = false;
+    if (shared_file) { /* MAP_SYNC is granted only where stores reach the medium without the kernel: real DAX */
+        memory = apm_sys_mmap(APM_CALL_MMAP_SYNC, NULL, rounded, protection, MAP_SHARED_VALIDATE | MAP_SYNC, fd,
+                              request->offset);
+        map_sync = memory != MAP_FAILED;
+    }
+    uint32_t granted = shared_file ? apm_granted_granularity(map_sync) : APM_BYTE;
+    bool forced = false;
+    uint32_t granularity = shared_file ? apply_force(granted, &forced) : APM_BYTE;
+    request->granularity = granularity;
+    if (granularity > request->required_granularity) {
+        if (map_sync)
+            munmap(memory, rounded);
+        free(map);
+        return APM_E_GRANULARITY_NOT_SUPPORTED;
+    }
+    bool cares_for_cache = shared_file && !map_sync && granularity == APM_PAGE &&
+                           (request->protection & APM_PROT_WRITE) && !(request->flags & APM_MAP_KEEP_CACHE);
+    if (cares_for_cache)
+        drop_clean_cache(file, request->offset, rounded);
+    if (memory == MAP_FAILED) {
+        int flags = (request->sharing == APM_SHARED ? MAP_SHARED : MAP_PRIVATE) | (file ? 0 : MAP_ANONYMOUS);
+        memory = apm_sys_mmap(APM_CALL_MMAP, NULL, rounded, protection, flags, fd, file ? request->offset : 0);
+    }
+    if (memory == MAP_FAILED) {
+        int error = errno;
+        free(map);
+        return error == EACCES || error == EPERM ? APM_E_NO_ACCESS : -error;
+    }
+    if (cares_for_cache) { /* before the first fault: no read-ahead, so no large folios */
+        int result;
+        APM_OUTSIDE(result, APM_CALL_MADVISE, file->inode, request->offset, rounded,
+                    madvise(memory, rounded, MADV_RANDOM));
+        (void)result;
+    }
+    map->pub = (struct apm_map){.address = (uintptr_t)memory, .length = request->length, .offset = request->offset,
+                                .file = file, .granularity = granularity,
+                                .durability = durability_of(file, request->sharing, forced),
+                                .sharing = request->sharing, .protection = request->protection,
+                                .forced = forced, .map_sync = map_sync};
+    decide_copy_path(&map->pub);
+    map->mapped_length = rounded;
+    if (file)
+        apm_file_hold_for_map(file);
+    request->map = &map->pub;
+    return 0;
+}
+
+/* Walks the kernel's table over [address, end): one file, shared, each mapping going on where the last ended, in memory
+ * and in the file. */
+static int inspect(struct apm_adopt_request *request, struct apm_vma *first, bool *writable) {
+    uint64_t end = request->address + request->length, at = request->address;
+    *writable = true;
+    while (at < end) {
+        struct apm_vma vma;
+        request->bad_address = at;
+        int result = apm_vma_at(at, &vma);
+        if (result < 0)
+            return result;
+        if (!vma.shared || vma.inode == 0)
+            return APM_E_PRIVATE_MEMORY;
+        if (at == request->address)
+            *first = vma;
+        else if (vma.inode != first->inode || vma.device != first->device)
+            return APM_E_OTHER_FILE;
+        else if (vma.offset + (at - vma.start) != first->offset + (at - first->start))
+            return APM_E_NOT_CONTIGUOUS;
+        *writable = *writable && vma.writable;
+        at = vma.end;
+    }
+    return 0;
+}
+
+int apm_adopt_run(struct apm_adopt_request *request) {
+    struct apm_vma vma;
+    bool writable;
+    request->map = NULL;
+    request->path[0] = 0;
+    request->granularity = APM_PAGE;
+    if (request->length == 0 || request->address + request->length < request->address)
+        return APM_E_LENGTH_OUT_OF_RANGE;
+    if (request->address == 0)
+        return APM_E_ADDRESS_NULL;
+    int result = inspect(request, &vma, &writable);
+    if (result < 0)
+        return result;
+    strcpy(request->path, vma.name);
+    struct apm_file *file = request->file;
+    if (file) {
+        if (file->vma_device != vma.device || file->vma_inode != vma.inode)
+            return APM_E_OTHER_FILE;
+        request->cause = apm_file_failure(file);
+        if (request->cause)
+            return APM_E_FILE_FAILED;
+    } else {
+        result = apm_file_of_vma(&vma, &file, &request->cause);
+        if (result < 0)
+            return result;
+    }
+    /* CACHE_LINE wants MAP_SYNC on this very mapping; only where the file could have it is the slow table read. */
+    bool map_sync = false;
+    if (file->fd >= 0) {
+        void *probe = apm_sys_mmap(APM_CALL_MMAP_SYNC, NULL, apm_page_size(), PROT_READ,
+                                   MAP_SHARED_VALIDATE | MAP_SYNC, file->fd, 0);
+        if (probe != MAP_FAILED) {
+            munmap(probe, apm_page_size());
+            map_sync = apm_vma_is_synchronous(request->address) == 1;
+        }
+    }
+    bool forced;
+    uint32_t granularity = apply_force(apm_granted_granularity(map_sync), &forced);
+    request->granularity = granularity;
+    struct apm_map_full *map = NULL;
+    if (request->claimed >= 0 && (uint32_t)request->claimed < granularity)
+        result = APM_E_GRANULARITY_NOT_SUPPORTED;
+    else if ((map = new_map()) == NULL)
+        result = -ENOMEM;
+    if (result == 0)
+        apm_file_hold_for_map(file);
+    if (!request->file)
+        apm_file_release(file); /* what looking for it took */
+    if (result < 0)
+        return result;
+    if (request->claimed >= 0)
+        granularity = (uint32_t)request->claimed; /* coarser than granted is allowed: it only costs */
+    map->pub = (struct apm_map){.address = request->address, .length = request->length,
+                                .offset = vma.offset + (request->address - vma.start), .file = file,
+                                .granularity = granularity, .durability = durability_of(file, APM_SHARED, forced),
+                                .sharing = APM_SHARED, .adopted = 1, .forced = forced, .map_sync = map_sync,
+                                .protection = APM_PROT_READ | (writable ? APM_PROT_WRITE : 0u)};
+    decide_copy_path(&map->pub);
+    request->map = &map->pub;
+    return 0;
+}
+
+int apm_check_run(struct apm_check_request *request) {
+    const struct apm_map *map = request->map;
+    uint64_t at = map->address, end = at + map->length;
+    request->still_there = 0;
+    while (at < end) {
+        struct apm_vma vma;
+        int result = apm_vma_at(at, &vma);
+        if (result == APM_E_NOT_MAPPED)
+            return 0;
+        if (result < 0)
+            return result;
+        if (!vma.shared || vma.device != map->file->vma_device || vma.inode != map->file->vma_inode ||
+            vma.offset + (at - vma.start) != map->offset + (at - map->address))
+            return 0;
+        at = vma.end;
+    }
+    request->still_there = 1;
+    return 0;
+}
+
+int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size) {
+    const uint64_t page = apm_page_size();
+    uint64_t begin = (map->address + offset) & ~(page - 1);
+    uint64_t end = (map->address + offset + size + page - 1) & ~(page - 1);
+    for (uint64_t at = begin; at < end; at += READ_PIECE) {
+        uint64_t piece = end - at < READ_PIECE ? end - at : READ_PIECE;
+        int result;
+        if (map->file && map->file->fd >= 0) {
+            uint64_t in_file = map->offset + (at - map->address);
+            APM_OUTSIDE(result, APM_CALL_FADVISE, map->file->inode, in_file, piece,
+                        posix_fadvise(map->file->fd, (off_t)in_file, (off_t)piece, POSIX_FADV_WILLNEED));
+        }
+        APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_POPULATE_READ));
+        if (result < 0 && (errno == EINVAL || errno == ENOSYS || errno == EPERM)) /* before 5.14: only read ahead */
+            APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_WILLNEED));
+        if (result < 0)
+            return errno == EFAULT ? APM_E_FILE_SHRANK : errno == ENOMEM ? APM_E_NOT_MAPPED : -errno;
+    }
+    return 0;
+}
+
+void apm_map_unmap(struct apm_map_full *map) {
+    if (map->mapped_length) {
+        int result;
+        APM_OUTSIDE(result, APM_CALL_MUNMAP, map->pub.file ? map->pub.file->inode : 0, map->pub.address,
+                    map->mapped_length, munmap((void *)(uintptr_t)map->pub.address, map->mapped_length));
+        (void)result; /* only a bad argument can fail */
+    }
+    apm_file_drop_for_map(map->pub.file); /* whoever waits for the unmapping finds the descriptor closed as well */
+}
+
+void apm_map_drop(struct apm_map_full *map) {
+    if (__atomic_sub_fetch(&map->references, 1, __ATOMIC_ACQ_REL) == 0)
+        free(map);
+}
+
+void apm_map_release(struct apm_map *map) {
+    if (map && !apm_is_forked())
+        apm_map_drop((struct apm_map_full *)map);
+}
+
+/* ---- inline work: no system call, so no pool ---------------------------------------------------------- */
+
+static int check_inline(const struct apm_map *map, uint64_t offset, uint64_t size) {
+    if (map->granularity == APM_PAGE)
+        return APM_E_NOSUPP;
+    if (offset > map->length || size > map->length - offset)
+        return APM_E_LENGTH_OUT_OF_RANGE;
+    return 0;
+}
+
+int apm_map_persist(struct apm_map *map, uint64_t offset, uint64_t size) {
+    int result = check_inline(map, offset, size);
+    if (result == 0 && size) {
+        if (map->granularity == APM_CACHE_LINE)
+            apm_flush((const void *)(uintptr_t)(map->address + offset), size);
+        apm_fence(); /* law 1: on the thread that flushed, before this call returns */
+    }
+    return result;
+}
+
+int apm_map_copy(struct apm_map *map, uint64_t offset, const void *from, uint64_t size, uint32_t flags) {
+    int result = check_inline(map, offset, size);
+    if (result == 0 && size) {
+        apm_copy((void *)(uintptr_t)(map->address + offset), from, size, flags & ~(uint32_t)APM_F_NODRAIN,
+                 map->granularity == APM_CACHE_LINE); /* NODRAIN is fenced all the same (law 1) */
+    }
+    return result;
+}
+
+int apm_map_fill(struct apm_map *map, uint64_t offset, int value, uint64_t size, uint32_t flags) {
+    int result = check_inline(map, offset, size);
+    if (result == 0 && size)
+        apm_fill((void *)(uintptr_t)(map->address + offset), value, size, flags & ~(uint32_t)APM_F_NODRAIN,
+                 map->granularity == APM_CACHE_LINE);
+    return result;
+}

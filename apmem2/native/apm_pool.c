@@ -1,0 +1,782 @@
+/* apm_pool.c - who runs what blocks, in which order, and how does the loop learn of it?
+ *
+ * The only file with threads. Jobs arrive in arrays and wait in one of two lanes: rounds (a queue per file, files taking
+ * turns) and everything else. Each lane leaves the other at least one thread, so syncs that hang starve no copy, and a
+ * file whose round hangs holds one thread and its own waiters (law 8). Threads are started when there is work for them.
+ *
+ * A completion is linked into its channel first, the eventfd is written after (law 3), once for a batch. pool_lock and a
+ * channel's lock are never held together. Nothing is allocated between acceptance and completion: the records are the
+ * channel's slots. */
+#include "apm_internal.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { SLOTS_PER_CHUNK = 256, CAPACITY_MAX = 1 << 20, THREADS_MAX = 1024, THREADS_DEFAULT = 16 };
+enum { FREE = 0, QUEUED_WORK, QUEUED_ROUND, PARKED, RUNNING, DONE };
+
+_Static_assert(sizeof(struct apm_job) == 48, "packed as bytes by the caller");
+_Static_assert(sizeof(struct apm_result) == 16, "unpacked as bytes by the caller");
+_Static_assert(offsetof(struct apm_job, map) == 16 && offsetof(struct apm_job, data) == 40, "likewise");
+
+struct apm_channel {
+    int fd;
+    uint32_t capacity;
+    struct apm_record **chunks; /* slots, SLOTS_PER_CHUNK at a time; pool_lock */
+    uint32_t in_flight;         /* accepted, not taken; atomic */
+    pthread_mutex_t lock;       /* guards the three below */
+    struct apm_record *first, *last;
+    bool signalled; /* the eventfd was written since the last take */
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* pool_lock: guards everything below */
+static pthread_cond_t work_there, all_quiet;
+static pthread_once_t started = PTHREAD_ONCE_INIT;
+static uint32_t threads_max = THREADS_DEFAULT, threads, idle, rounds_running, work_running;
+static bool configured, stopping;
+static struct apm_record *work_first, *work_last;
+static struct apm_work *errands_first, *errands_last;
+static struct apm_file_full *ready_first, *ready_last;
+static uint64_t sequence;
+static struct apm_statistics numbers;
+static uint64_t round_began[THREADS_MAX]; /* by thread; 0: in no round */
+static int forked, alive;                 /* atomic: read before any lock */
+
+uint64_t apm_now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Law 7. The locks may be held by threads that do not exist in the child: nothing there takes one again. */
+static void in_child(void) {
+    if (__atomic_load_n(&alive, __ATOMIC_RELAXED))
+        __atomic_store_n(&forked, 1, __ATOMIC_SEQ_CST);
+}
+
+static void start_once(void) {
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&work_there, NULL);
+    pthread_cond_init(&all_quiet, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    pthread_atfork(NULL, NULL, in_child);
+}
+
+int apm_is_forked(void) { return __atomic_load_n(&forked, __ATOMIC_SEQ_CST); }
+
+int apm_pool_configure(uint32_t max) {
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    if (max < 2 || max > THREADS_MAX)
+        return -EINVAL;
+    pthread_mutex_lock(&lock);
+    int result = configured || threads ? -EALREADY : 0;
+    if (result == 0) {
+        threads_max = max;
+        configured = true;
+    }
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+
+static void call_thread(void);
+
+/* ---- completions -------------------------------------------------------------------------------------------- */
+
+static void wake(int fd) {
+    uint64_t one = 1;
+    while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+/* Result first, then wake (law 3). records: linked by next, of any channels. */
+static void publish(struct apm_record *records) {
+    while (records) {
+        struct apm_channel *channel = records->channel;
+        struct apm_record *others = NULL, **others_end = &others, *mine = NULL, **mine_end = &mine, *last = NULL;
+        for (struct apm_record *record = records, *next; record; record = next) {
+            next = record->next;
+            record->next = NULL;
+            if (record->channel == channel) {
+                *mine_end = last = record;
+                mine_end = &record->next;
+            } else {
+                *others_end = record;
+                others_end = &record->next;
+            }
+        }
+        pthread_mutex_lock(&channel->lock);
+        if (channel->last)
+            channel->last->next = mine;
+        else
+            channel->first = mine;
+        channel->last = last;
+        bool first = !channel->signalled;
+        channel->signalled = true;
+        int fd = channel->fd;
+        if (first)
+            wake(fd); /* inside: after the unlock, the taker may free the channel */
+        pthread_mutex_unlock(&channel->lock);
+        records = others;
+    }
+}
+
+static void push_errand(struct apm_work *work) { /* pool_lock held */
+    work->next = NULL;
+    if (errands_last)
+        errands_last->next = work;
+    else
+        errands_first = work;
+    errands_last = work;
+}
+
+static void run_unmap(struct apm_work *work) {
+    struct apm_map_full *map = (struct apm_map_full *)((char *)work - offsetof(struct apm_map_full, unmap_work));
+    apm_map_unmap(map);
+    apm_map_errand_done(map);
+    apm_map_drop(map);
+}
+
+/* The last user of the memory may have gone: unmapping is the last act, and in the pool (law 5). pool_lock held. */
+static void unmap_if_unused(struct apm_map_full *map) {
+    if (map->pins || !map->disowned || map->unmapping)
+        return;
+    map->unmapping = true;
+    map->unmap_sequence = ++sequence;
+    map->unmap_work.run = run_unmap;
+    push_errand(&map->unmap_work);
+}
+
+/* One job of the map has ended: drains that were accepted after it may be complete. They go to *done. Returns whether one
+ * of them was told of its error. pool_lock held. */
+static bool release_drains(struct apm_map_full *map, uint64_t ended, bool is_sync, int code, struct apm_record ***done) {
+    bool told = false;
+    for (struct apm_record **at = &map->drains; *at;) {
+        struct apm_record *drain = *at;
+        bool counts = drain->sequence > ended && (is_sync || (drain->job.flags & APM_DRAIN_ALL));
+        if (counts) {
+            if (is_sync) {
+                told = true;
+                if (drain->code == 0)
+                    drain->code = code;
+            }
+            drain->waits_for--;
+        }
+        if (counts && drain->waits_for == 0) {
+            *at = drain->next;
+            drain->next = NULL;
+            **done = drain;
+            *done = &drain->next;
+        } else {
+            at = &drain->next;
+        }
+    }
+    return told;
+}
+
+/* Books one record out. pool_lock held. */
+static void settle(struct apm_record *record, uint64_t now, struct apm_record ***done) {
+    struct apm_map_full *map = (struct apm_map_full *)record->job.map;
+    record->state = DONE;
+    numbers.in_flight--;
+    numbers.completed++;
+    if (record->code == APM_E_WITHDRAWN)
+        numbers.withdrawn++;
+    else if (record->code < 0)
+        numbers.failed++;
+    uint64_t took = now - record->accepted_ns;
+    numbers.latency_ns_total += took;
+    if (took > numbers.latency_ns_max)
+        numbers.latency_ns_max = took;
+    if (!map)
+        return;
+    map->pins--;
+    if (record->job.kind == APM_JOB_DRAIN) {
+        unmap_if_unused(map);
+        return;
+    }
+    map->running_all--;
+    map->running_sync -= record->is_sync;
+    int code = record->code == APM_E_WITHDRAWN ? 0 : record->code;
+    bool told = release_drains(map, record->sequence, record->is_sync, code, done);
+    if (!told && code < 0 && record->job.kind == APM_JOB_PERSIST && (record->job.flags & APM_PERSIST_UNAWAITED) &&
+        !map->unreported)
+        map->unreported = code;
+    unmap_if_unused(map);
+}
+
+/* Books a list of ended records out and tells their channels. */
+static void complete(struct apm_record *records) {
+    struct apm_record *all = records, **end = &all, *drained = NULL, **drained_end = &drained;
+    uint64_t now = apm_now_ns();
+    pthread_mutex_lock(&lock);
+    for (struct apm_record *record = records; record; record = record->next) {
+        settle(record, now, &drained_end);
+        end = &record->next;
+    }
+    for (struct apm_record *drain = drained; drain; drain = drain->next) {
+        struct apm_record *none = NULL, **none_end = &none;
+        settle(drain, now, &none_end);
+    }
+    *end = drained;
+    if (errands_first)
+        call_thread();
+    if (stopping && !rounds_running && !work_running)
+        pthread_cond_broadcast(&all_quiet);
+    pthread_mutex_unlock(&lock);
+    publish(all);
+}
+
+void apm_map_errand_done(struct apm_map_full *map) {
+    struct apm_record *drained = NULL, **end = &drained;
+    uint64_t now = apm_now_ns();
+    pthread_mutex_lock(&lock);
+    release_drains(map, map->unmap_sequence, false, 0, &end);
+    map->unmap_sequence = 0;
+    for (struct apm_record *drain = drained; drain; drain = drain->next) {
+        struct apm_record *none = NULL, **none_end = &none;
+        settle(drain, now, &none_end);
+    }
+    pthread_mutex_unlock(&lock);
+    publish(drained);
+}
+
+/* ---- threads ---------------------------------------------------------------------------------------------------- */
+
+static int run_job(struct apm_record *record) {
+    const struct apm_job *job = &record->job;
+    switch (job->kind) {
+    case APM_JOB_NOOP:
+        return 0;
+    case APM_JOB_PERSIST:
+        return apm_map_persist(job->map, job->offset, job->size);
+    case APM_JOB_COPY:
+    case APM_JOB_FILL:
+        if (job->map->granularity == APM_PAGE)
+            return apm_sync_write_plain(record);
+        return job->kind == APM_JOB_COPY
+                   ? apm_map_copy(job->map, job->offset, (const void *)(uintptr_t)job->data, job->size, job->flags)
+                   : apm_map_fill(job->map, job->offset, (int)job->data, job->size, job->flags);
+    case APM_JOB_POPULATE:
+        return apm_populate_run(job->map, job->offset, job->size);
+    case APM_JOB_OPEN:
+        return apm_file_open((struct apm_open_request *)(uintptr_t)job->data);
+    case APM_JOB_MAP:
+        return apm_map_run((struct apm_map_request *)(uintptr_t)job->data);
+    case APM_JOB_ADOPT:
+        return apm_adopt_run((struct apm_adopt_request *)(uintptr_t)job->data);
+    case APM_JOB_CHECK:
+        return apm_check_run((struct apm_check_request *)(uintptr_t)job->data);
+    default:
+        return -EINVAL;
+    }
+}
+
+/* Up to a round's worth of the file's waiting jobs; those that come from now on wait for the next one (law 2). */
+static struct apm_record *take_round(struct apm_file_full *file) { /* pool_lock held */
+    struct apm_record *jobs = file->first, *last = NULL;
+    uint32_t count = 0;
+    for (struct apm_record *record = jobs; record && count < APM_ROUND_JOBS_MAX; record = record->next) {
+        record->state = RUNNING;
+        record->began = true;
+        last = record;
+        count++;
+    }
+    file->first = last->next;
+    if (file->first)
+        file->first->previous = NULL;
+    else
+        file->last = NULL;
+    last->next = NULL;
+    numbers.rounds++;
+    numbers.round_jobs += count;
+    return jobs;
+}
+
+static void push_ready(struct apm_file_full *file) { /* pool_lock held */
+    file->ready = true;
+    file->next_ready = NULL;
+    if (ready_last)
+        ready_last->next_ready = file;
+    else
+        ready_first = file;
+    ready_last = file;
+}
+
+static void run_round(uint32_t self) { /* pool_lock held on entry and exit */
+    struct apm_file_full *file = ready_first;
+    ready_first = file->next_ready;
+    if (!ready_first)
+        ready_last = NULL;
+    file->ready = false;
+    file->running = true;
+    struct apm_record *jobs = take_round(file);
+    struct apm_round_counts counts = {0};
+    round_began[self] = apm_now_ns();
+    rounds_running++;
+    call_thread();
+    pthread_mutex_unlock(&lock);
+    apm_sync_round(file, jobs, &counts);
+    pthread_mutex_lock(&lock);
+    rounds_running--;
+    round_began[self] = 0;
+    numbers.sync_calls += counts.sync_calls;
+    numbers.bytes_persisted += counts.bytes_persisted;
+    numbers.bytes_copied += counts.bytes_copied;
+    file->running = false; /* the jobs still pin their maps, and those the file */
+    if (file->first && !file->ready)
+        push_ready(file);
+    pthread_mutex_unlock(&lock);
+    complete(jobs);
+    pthread_mutex_lock(&lock);
+}
+
+static void run_work(void) { /* pool_lock held on entry and exit */
+    struct apm_record *record = work_first;
+    work_first = record->next;
+    if (work_first)
+        work_first->previous = NULL;
+    else
+        work_last = NULL;
+    record->next = NULL;
+    record->state = RUNNING;
+    record->began = true;
+    work_running++;
+    call_thread();
+    pthread_mutex_unlock(&lock);
+    record->code = run_job(record);
+    pthread_mutex_lock(&lock);
+    work_running--;
+    if ((record->job.kind == APM_JOB_COPY || record->job.kind == APM_JOB_FILL) && record->code == 0)
+        numbers.bytes_copied += record->job.size;
+    pthread_mutex_unlock(&lock);
+    complete(record);
+    pthread_mutex_lock(&lock);
+}
+
+static void run_errand(void) { /* pool_lock held on entry and exit */
+    struct apm_work *work = errands_first;
+    errands_first = work->next;
+    if (!errands_first)
+        errands_last = NULL;
+    work_running++;
+    call_thread();
+    pthread_mutex_unlock(&lock);
+    work->run(work);
+    pthread_mutex_lock(&lock);
+    work_running--;
+    if (stopping && !rounds_running && !work_running)
+        pthread_cond_broadcast(&all_quiet);
+}
+
+static bool may_work(void) { return (work_first || errands_first) && work_running < threads_max - 1; }
+static bool may_round(void) { return ready_first && rounds_running < threads_max - 1; }
+
+static void *worker(void *argument) {
+    uint32_t self = (uint32_t)(uintptr_t)argument;
+    char name[16];
+    snprintf(name, sizeof name, "apmem2-%u", self);
+    pthread_setname_np(pthread_self(), name);
+    pthread_mutex_lock(&lock);
+    bool turn = false; /* the lanes take turns */
+    while (!stopping) {
+        turn = !turn;
+        if (may_round() && (turn || !may_work()))
+            run_round(self);
+        else if (may_work() && errands_first)
+            run_errand();
+        else if (may_work())
+            run_work();
+        else {
+            idle++;
+            pthread_cond_wait(&work_there, &lock);
+            idle--;
+        }
+    }
+    threads--;
+    pthread_mutex_unlock(&lock);
+    return NULL;
+}
+
+/* Starts one thread; signals are for the program's own threads (law 16). pool_lock held. */
+static int start_thread(void) {
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    pthread_t thread;
+    int error;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    pthread_attr_setstacksize(&attributes, APM_THREAD_STACK);
+#endif
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int result;
+    APM_OUTSIDE(result, APM_CALL_PTHREAD_CREATE, 0, 0, 0,
+                (error = pthread_create(&thread, &attributes, worker, (void *)(uintptr_t)threads)) ? (errno = error, -1)
+                                                                                                  : 0);
+    error = result < 0 ? errno : 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    if (error)
+        return -error;
+    threads++;
+    __atomic_store_n(&alive, 1, __ATOMIC_SEQ_CST);
+    return 0;
+}
+
+/* One more thread for what can run now: an idle one, else a new one. Whoever takes work passes the call on, so there are
+ * as many as find something to do, and work that hangs keeps none of the others from being called. pool_lock held. */
+static void call_thread(void) {
+    if (stopping || !(may_work() || may_round()))
+        return;
+    if (idle)
+        pthread_cond_signal(&work_there);
+    else if (threads < threads_max)
+        (void)start_thread(); /* with others alive, being short of one is no failure */
+}
+
+void apm_pool_schedule(struct apm_work *work) {
+    pthread_mutex_lock(&lock);
+    push_errand(work);
+    call_thread();
+    pthread_mutex_unlock(&lock);
+}
+
+void apm_map_disown(struct apm_map *pub) {
+    if (!pub || apm_is_forked())
+        return;
+    struct apm_map_full *map = (struct apm_map_full *)pub;
+    pthread_mutex_lock(&lock);
+    map->disowned = true;
+    unmap_if_unused(map);
+    call_thread();
+    pthread_mutex_unlock(&lock);
+}
+
+int apm_map_idle(struct apm_map *pub) {
+    const struct apm_map_full *map = (const struct apm_map_full *)pub;
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    pthread_mutex_lock(&lock);
+    bool quiet = map->running_sync == 0 && map->unreported == 0;
+    pthread_mutex_unlock(&lock);
+    return quiet;
+}
+
+/* ---- channels ----------------------------------------------------------------------------------------------------- */
+
+int apm_channel_new(uint32_t capacity, struct apm_channel **out) {
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    if (capacity == 0 || capacity > CAPACITY_MAX)
+        return -EINVAL;
+    pthread_once(&started, start_once);
+    struct apm_channel *channel = apm_allocate(sizeof *channel);
+    if (!channel)
+        return -ENOMEM;
+    channel->capacity = capacity;
+    channel->chunks = apm_allocate(((size_t)capacity + SLOTS_PER_CHUNK - 1) / SLOTS_PER_CHUNK * sizeof *channel->chunks);
+    if (!channel->chunks) {
+        free(channel);
+        return -ENOMEM;
+    }
+    APM_OUTSIDE(channel->fd, APM_CALL_EVENTFD, 0, 0, 0, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (channel->fd < 0) {
+        int error = errno;
+        free(channel->chunks);
+        free(channel);
+        return -error;
+    }
+    pthread_mutex_init(&channel->lock, NULL);
+    *out = channel;
+    return 0;
+}
+
+int apm_channel_fd(const struct apm_channel *channel) { return channel->fd; }
+
+int apm_channel_free(struct apm_channel *channel) {
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    if (__atomic_load_n(&channel->in_flight, __ATOMIC_ACQUIRE))
+        return -EBUSY;
+    pthread_mutex_lock(&channel->lock); /* the last publisher has left */
+    pthread_mutex_unlock(&channel->lock);
+    pthread_mutex_destroy(&channel->lock);
+    close(channel->fd);
+    for (uint32_t i = 0; i < (channel->capacity + SLOTS_PER_CHUNK - 1) / SLOTS_PER_CHUNK; i++)
+        free(channel->chunks[i]);
+    free(channel->chunks);
+    free(channel);
+    return 0;
+}
+
+/* The record of a slot, its memory made at first use. pool_lock held. */
+static struct apm_record *slot(struct apm_channel *channel, uint64_t tag) {
+    if (tag >= channel->capacity)
+        return NULL;
+    struct apm_record **chunk = &channel->chunks[tag / SLOTS_PER_CHUNK];
+    if (!*chunk)
+        *chunk = apm_allocate(SLOTS_PER_CHUNK * sizeof **chunk);
+    return *chunk ? *chunk + tag % SLOTS_PER_CHUNK : NULL;
+}
+
+static bool joins_round(const struct apm_job *job) {
+    if (!job->map || job->map->granularity != APM_PAGE || !job->map->file)
+        return false;
+    return job->kind == APM_JOB_PERSIST ||
+           ((job->kind == APM_JOB_COPY || job->kind == APM_JOB_FILL) && !(job->flags & APM_F_NOFLUSH));
+}
+
+static int check(const struct apm_job *job) {
+    bool ranged = job->kind == APM_JOB_PERSIST || job->kind == APM_JOB_COPY || job->kind == APM_JOB_FILL ||
+                  job->kind == APM_JOB_POPULATE;
+    if (job->kind > APM_JOB_CHECK || ((ranged || job->kind == APM_JOB_DRAIN) && !job->map))
+        return -EINVAL;
+    if (ranged && (job->offset > job->map->length || job->size > job->map->length - job->offset))
+        return APM_E_LENGTH_OUT_OF_RANGE;
+    return 0;
+}
+
+/* 1: accepted and complete already (linked to *done); 0: accepted; negative: refused. pool_lock held. */
+static int accept_job(struct apm_channel *channel, const struct apm_job *job, uint64_t now, struct apm_record ***done) {
+    struct apm_map_full *map = (struct apm_map_full *)job->map;
+    int result = check(job);
+    if (result < 0)
+        return result;
+    struct apm_record *record = slot(channel, job->tag);
+    if (!record)
+        return job->tag < channel->capacity ? -ENOMEM : -EINVAL;
+    if (record->state != FREE)
+        return -EINVAL;
+    *record = (struct apm_record){.job = *job, .channel = channel, .sequence = ++sequence, .accepted_ns = now};
+    __atomic_add_fetch(&channel->in_flight, 1, __ATOMIC_RELAXED);
+    numbers.submitted++;
+    numbers.in_flight++;
+    if (map)
+        map->pins++;
+    if (job->kind == APM_JOB_DRAIN) {
+        bool all = job->flags & APM_DRAIN_ALL;
+        record->code = map->unreported;
+        map->unreported = 0;
+        record->waits_for = all ? map->running_all + (map->unmap_sequence != 0) : map->running_sync;
+        record->state = PARKED;
+        if (record->waits_for == 0) {
+            struct apm_record *none = NULL, **none_end = &none;
+            settle(record, now, &none_end);
+            record->next = NULL;
+            **done = record;
+            *done = &record->next;
+            return 1;
+        }
+        struct apm_record **at = &map->drains;
+        while (*at)
+            at = &(*at)->next;
+        *at = record;
+        return 0;
+    }
+    if (joins_round(job)) {
+        struct apm_file_full *file = (struct apm_file_full *)job->map->file;
+        record->is_sync = true;
+        record->file = file;
+        record->state = QUEUED_ROUND;
+        record->previous = file->last;
+        if (file->last)
+            file->last->next = record;
+        else
+            file->first = record;
+        file->last = record;
+        if (!file->running && !file->ready)
+            push_ready(file);
+    } else {
+        record->is_sync = job->kind == APM_JOB_PERSIST ||
+                          ((job->kind == APM_JOB_COPY || job->kind == APM_JOB_FILL) && !(job->flags & APM_F_NOFLUSH));
+        record->state = QUEUED_WORK;
+        record->previous = work_last;
+        if (work_last)
+            work_last->next = record;
+        else
+            work_first = record;
+        work_last = record;
+    }
+    if (map) {
+        map->running_all++;
+        map->running_sync += record->is_sync;
+    }
+    return 0;
+}
+
+int apm_pool_submit(struct apm_channel *channel, struct apm_job *jobs, uint32_t count) {
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    apm_fence(); /* law 1: non-temporal stores of the caller become visible before the lock releases the rest */
+    struct apm_record *done = NULL, **done_end = &done;
+    uint64_t now = apm_now_ns();
+    uint32_t accepted = 0;
+    int result = 0;
+    pthread_mutex_lock(&lock);
+    if (stopping)
+        result = APM_E_STOPPED;
+    else if (threads == 0 && start_thread() < 0)
+        result = -EAGAIN;
+    while (result >= 0 && accepted < count) {
+        result = accept_job(channel, &jobs[accepted], now, &done_end);
+        accepted += result >= 0;
+    }
+    if (accepted)
+        call_thread();
+    pthread_mutex_unlock(&lock);
+    publish(done);
+    return accepted ? (int)accepted : result;
+}
+
+/* A file without waiting jobs leaves the queue of files. pool_lock held. */
+static void unready(struct apm_file_full *file) {
+    struct apm_file_full *before = NULL, *at = ready_first;
+    while (at != file) {
+        before = at;
+        at = at->next_ready;
+    }
+    if (before)
+        before->next_ready = file->next_ready;
+    else
+        ready_first = file->next_ready;
+    if (ready_last == file)
+        ready_last = before;
+    file->ready = false;
+}
+
+/* Unlinks a queued record. pool_lock held. */
+static void unlink_queued(struct apm_record *record) {
+    struct apm_record **first = record->state == QUEUED_WORK ? &work_first : &record->file->first;
+    struct apm_record **last = record->state == QUEUED_WORK ? &work_last : &record->file->last;
+    if (record->previous)
+        record->previous->next = record->next;
+    else
+        *first = record->next;
+    if (record->next)
+        record->next->previous = record->previous;
+    else
+        *last = record->previous;
+    record->next = record->previous = NULL;
+    if (record->state == QUEUED_ROUND && !record->file->first && record->file->ready)
+        unready(record->file); /* nothing pins it any more */
+}
+
+/* A parked drain leaves its map's list. pool_lock held. */
+static void unpark(struct apm_record *record) {
+    struct apm_record **at = &((struct apm_map_full *)record->job.map)->drains;
+    while (*at != record)
+        at = &(*at)->next;
+    *at = record->next;
+    record->next = NULL;
+    if (record->code < 0 && record->job.map) { /* what it would have told, the next one tells */
+        struct apm_map_full *map = (struct apm_map_full *)record->job.map;
+        map->unreported = map->unreported ? map->unreported : record->code;
+    }
+}
+
+int apm_pool_withdraw(struct apm_channel *channel, uint32_t tag) {
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    struct apm_record *record = NULL;
+    pthread_mutex_lock(&lock);
+    if (tag < channel->capacity && channel->chunks[tag / SLOTS_PER_CHUNK])
+        record = channel->chunks[tag / SLOTS_PER_CHUNK] + tag % SLOTS_PER_CHUNK;
+    bool waiting = record && (record->state == QUEUED_WORK || record->state == QUEUED_ROUND || record->state == PARKED);
+    if (waiting) {
+        if (record->state == PARKED)
+            unpark(record);
+        else
+            unlink_queued(record);
+        record->code = APM_E_WITHDRAWN;
+        record->state = RUNNING;
+    }
+    pthread_mutex_unlock(&lock);
+    if (waiting)
+        complete(record);
+    return waiting;
+}
+
+int apm_channel_take(struct apm_channel *channel, struct apm_result *out, uint32_t max) {
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    uint32_t count = 0;
+    pthread_mutex_lock(&channel->lock);
+    channel->signalled = false;
+    struct apm_record *record = channel->first;
+    for (; record && count < max; count++) {
+        struct apm_record *next = record->next;
+        out[count] = (struct apm_result){(uint32_t)record->job.tag, record->code, record->began};
+        record->next = NULL;
+        /* Free from here on: the slot is the caller's to use again, and only this thread submits for the channel. */
+        record->state = FREE;
+        record = next;
+    }
+    channel->first = record;
+    if (!record)
+        channel->last = NULL;
+    __atomic_sub_fetch(&channel->in_flight, count, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&channel->lock);
+    return (int)count;
+}
+
+/* ---- end, and numbers --------------------------------------------------------------------------------------------------- */
+
+int apm_pool_stop(uint32_t timeout_ms) {
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    pthread_once(&started, start_once);
+    struct apm_record *withdrawn = NULL, **end = &withdrawn;
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += timeout_ms / 1000;
+    until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    pthread_mutex_lock(&lock);
+    stopping = true;
+    while (work_first || ready_first) {
+        struct apm_record *record = work_first ? work_first : ready_first->first;
+        unlink_queued(record);
+        record->code = APM_E_WITHDRAWN;
+        record->state = RUNNING;
+        *end = record;
+        end = &record->next;
+    }
+    pthread_cond_broadcast(&work_there);
+    pthread_mutex_unlock(&lock);
+    complete(withdrawn);
+    pthread_mutex_lock(&lock);
+    int error = 0;
+    while (error == 0 && (rounds_running || work_running))
+        error = pthread_cond_timedwait(&all_quiet, &lock, &until);
+    int left = (int)(rounds_running + work_running);
+    pthread_mutex_unlock(&lock);
+    return left;
+}
+
+void apm_pool_statistics(struct apm_statistics *out) {
+    memset(out, 0, sizeof *out);
+    if (apm_is_forked())
+        return;
+    uint64_t now = apm_now_ns(), oldest = 0;
+    pthread_mutex_lock(&lock);
+    *out = numbers;
+    out->threads = threads;
+    for (uint32_t i = 0; i < THREADS_MAX; i++)
+        if (round_began[i] && (!oldest || round_began[i] < oldest))
+            oldest = round_began[i];
+    pthread_mutex_unlock(&lock);
+    out->oldest_round_ns = oldest ? (now > oldest ? now - oldest : 1) : 0;
+}
