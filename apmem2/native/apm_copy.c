@@ -9,21 +9,31 @@
  */
 #include "apm_line.h"
 
+#include <pthread.h>
+
 static apm_copy_way copy_first;
 static apm_fill_way fill_first;
 static apm_copy_way *copy_bound = copy_first;
 static apm_fill_way *fill_bound = fill_first;
 
-/* Threads that bind at once store the same pointers to constant code: relaxed is enough. */
-static const struct apm_copy_ways *bind(void) {
-    const struct apm_copy_ways *ways = apm_copy_simd(apm_traits());
+static pthread_once_t bound = PTHREAD_ONCE_INIT;
+static const struct apm_copy_ways *ways;
+
+/* Release, for what apm_copy_simd prepared; who calls the way acquires. */
+static void bind_once(void) {
+    ways = apm_copy_simd(apm_traits());
     if (!ways) ways = &apm_copy_plain;
-    __atomic_store_n(&copy_bound, ways->copy, __ATOMIC_RELAXED);
-    __atomic_store_n(&fill_bound, ways->fill, __ATOMIC_RELAXED);
+    __atomic_store_n(&copy_bound, ways->copy, __ATOMIC_RELEASE);
+    __atomic_store_n(&fill_bound, ways->fill, __ATOMIC_RELEASE);
+}
+
+static const struct apm_copy_ways *bind(void) {
+    pthread_once(&bound, bind_once);
     return ways;
 }
 
-static __attribute__((noinline, cold)) void copy_first(char *to, const char *from, size_t size, uint32_t flags, int flush) {
+static __attribute__((noinline, cold)) void copy_first(char *to, const char *from, size_t size, uint32_t flags,
+                                                       int flush) {
     bind()->copy(to, from, size, flags, flush);
 }
 
@@ -46,11 +56,11 @@ static inline void finish(void *to, size_t size, uint32_t flags, int flush) {
 }
 
 void apm_copy(void *to, const void *from, size_t size, uint32_t flags, int flush) {
-    __atomic_load_n(&copy_bound, __ATOMIC_RELAXED)(to, from, size, flags, flush);
+    __atomic_load_n(&copy_bound, __ATOMIC_ACQUIRE)(to, from, size, flags, flush);
     finish(to, size, flags, flush);
 }
 
 void apm_fill(void *to, int value, size_t size, uint32_t flags, int flush) {
-    __atomic_load_n(&fill_bound, __ATOMIC_RELAXED)(to, value, size, flags, flush);
+    __atomic_load_n(&fill_bound, __ATOMIC_ACQUIRE)(to, value, size, flags, flush);
     finish(to, size, flags, flush);
 }

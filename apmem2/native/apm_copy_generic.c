@@ -6,17 +6,17 @@
 
 #include <string.h>
 
-static void copy(char *to, const char *from, size_t size, uint32_t flags, int flush) {
+static void plain_copy(char *to, const char *from, size_t size, uint32_t flags, int flush) {
     memmove(to, from, size);
     if (flush && !(flags & APM_F_NOFLUSH)) apm_flush_lines(to, size);
 }
 
-static void fill(char *to, int value, size_t size, uint32_t flags, int flush) {
+static void plain_fill(char *to, int value, size_t size, uint32_t flags, int flush) {
     memset(to, value, size);
     if (flush && !(flags & APM_F_NOFLUSH)) apm_flush_lines(to, size);
 }
 
-const struct apm_copy_ways apm_copy_plain = {copy, fill};
+const struct apm_copy_ways apm_copy_plain = {plain_copy, plain_fill};
 
 #if !defined(__x86_64__)
 const struct apm_copy_ways *apm_copy_simd(const struct apm_traits *traits) {

@@ -238,7 +238,7 @@ static TARGET void NAME(fill)(char *to, int value, size_t size, uint32_t flags, 
         NAME(fill_stream)(to, value, size, flush);
     } else if (!flush || (flags & APM_F_NOFLUSH)) {
         if (size <= SMALL) NAME(fill_small)(to, value, size);
-        else if (size <= MEMMOVE_FROM) NAME(fill_store)(to, value, size);
+        else if (size <= MEMSET_FROM) NAME(fill_store)(to, value, size);
         else memset(to, value, size);
     } else if (size <= SMALL) {
         NAME(fill_small)(to, value, size);

@@ -26,6 +26,7 @@ enum { /* bytes */
     PIECE = 4096,             /* written before they are flushed, by the ways that go by pieces */
     STORE_FLUSH_FROM = 16384, /* from here on a copy (not a fill) is faster a few lines at a time */
     MEMMOVE_FROM = 32768,     /* from here on the C library's stores are; below, they take twice as long at times */
+    MEMSET_FROM = 8192,       /* likewise for fills */
     /* Streams that must be flushed are no faster than stores below this; and slower where part of a line is stored,
      * because then there are two ways to wait for, one after the other. */
     STREAM_FLUSH_FROM = 1024,

@@ -3,17 +3,23 @@
  * CPUID (and XGETBV, because a register file that the system does not save is not there) on x86-64, the
  * auxiliary vector and CTR_EL0 on aarch64. Everywhere else page granularity is all there is.
  *
- * Do non-temporal stores evict? Intel documents it (SDM volume 1, 10.4.6.2: a cached destination is evicted;
- * only processors without clflushopt did otherwise). AMD's manual leaves the method to the implementation,
- * and on Zen 5 a non-temporal store, of any width, to a line that is in the L1 stays there: store and sfence
- * together took no time, and a load afterwards hit the L1, where the same store to a line that is not cached
- * took 100 ns and the load missed. Such a store is not durable after its fence. So we believe only those who
- * promise it, and the copies flush after non-temporal stores everywhere else. libpmem2 does not.
+ * Do non-temporal stores put a cached line out of the cache? Intel's optimization manual allows both, updating in
+ * place and evicting; its software developer's manual says evicting for all but old processors, and libpmem2 is
+ * built on that, so we follow it for Intel with clflushopt (not measured by us). On an AMD EPYC of family 26
+ * (Zen 5), measured: a non-temporal store of any width to a line in the L1, with its sfence, took no time beyond the
+ * timer's, and a load afterwards hit the L1; to a line not cached it took 100 ns and the load missed. From that we
+ * conclude (no power was cut) that such bytes stay in the cache and are not durable after the fence. So we believe
+ * only those who promise it, and flush after non-temporal stores everywhere else. libpmem2 does not.
  * APM_STREAMS_EVICT=1 or 0 overrides, for measuring and for processors that are known to.
- * movdir64b is defined to evict and needs no flush anywhere.
+ * movdir64b writes past the cache by definition (and did, by the same measurement), and needs no flush.
+ *
+ * The widest vectors are taken. On Zen 5 non-temporal stores of 16, 32 and 64 bytes are equally fast; temporal copies
+ * of 1 and 4 KiB take about 7.5 and 25 ns with 64, 10 and 32 with 32, 17 and 55 with 16; up to 128 bytes they are
+ * equal. Not measured where AVX-512 slows the clock: PMEM_AVX512F=0 is for there.
  *
  * Thresholds (bytes, from which on a copy without a hint is non-temporal):
- *   evicting streams    256: what libpmem2 found on Intel; not measured by us
+ *   evicting streams    256: what libpmem2 found on Intel; not measured by us (8 where they are said to evict
+ *                       elsewhere: 100 ns against 160 on Zen 5)
  *   movdir64b            64: one whole line; measured on Zen 5: 100 ns against 160 for store and flush
  *   stream, then flush  APM_STREAM_FLUSH_FROM: measured on Zen 5 (tests/benchmarks/native/pmem2_compare.c)
  */
@@ -59,14 +65,17 @@ static void choose_copy(uint32_t registers, uint32_t leaf7_ebx, uint32_t leaf7_e
     /* The copies know lines of 64 bytes, as every x86-64 has them. */
     if (cpu.line_size != 64 || environment_is("PMEM_NO_MOVNT", "1")) return;
     traits.simd = APM_SIMD_SSE2;
-    if ((leaf7_ebx & bit_AVX2) && (registers & ymm) == ymm && !environment_is("PMEM_AVX", "0")) traits.simd = APM_SIMD_AVX2;
-    if ((leaf7_ebx & bit_AVX512F) && (registers & zmm) == zmm && !environment_is("PMEM_AVX512F", "0")) traits.simd = APM_SIMD_AVX512F;
+    if ((leaf7_ebx & bit_AVX2) && (registers & ymm) == ymm && !environment_is("PMEM_AVX", "0"))
+        traits.simd = APM_SIMD_AVX2;
+    if ((leaf7_ebx & bit_AVX512F) && (registers & zmm) == zmm && !environment_is("PMEM_AVX512F", "0"))
+        traits.simd = APM_SIMD_AVX512F;
     static const char *const names[] = {"plain", "sse2", "avx2", "avx512f"};
     static const uint32_t widths[] = {0, 16, 32, 64};
     cpu.copy_name = names[traits.simd];
     cpu.copy_width = widths[traits.simd];
     /* "force" is for tests where a hypervisor hides the instruction. */
-    cpu.has_movdir64b = ((leaf7_ecx & (1u << 28)) && !environment_is("PMEM_MOVDIR64B", "0")) || environment_is("PMEM_MOVDIR64B", "force");
+    cpu.has_movdir64b = environment_is("PMEM_MOVDIR64B", "force") ||
+                        ((leaf7_ecx & (1u << 28)) && !environment_is("PMEM_MOVDIR64B", "0"));
     if (cpu.has_movdir64b) cpu.copy_width = 64;
 }
 

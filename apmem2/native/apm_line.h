@@ -8,7 +8,14 @@
 
 #include "apm_internal.h"
 
-enum apm_line_kind { APM_LINE_NONE, APM_LINE_CLFLUSH, APM_LINE_CLFLUSHOPT, APM_LINE_CLWB, APM_LINE_CVAC, APM_LINE_CVAP };
+enum apm_line_kind {
+    APM_LINE_NONE,
+    APM_LINE_CLFLUSH,
+    APM_LINE_CLFLUSHOPT,
+    APM_LINE_CLWB,
+    APM_LINE_CVAC,
+    APM_LINE_CVAP,
+};
 enum apm_simd { APM_SIMD_PLAIN, APM_SIMD_SSE2, APM_SIMD_AVX2, APM_SIMD_AVX512F };
 
 /* What only flush and copy need to know of the processor; constant after the first apm_cpu(). */
@@ -35,7 +42,7 @@ const struct apm_copy_ways *apm_copy_simd(const struct apm_traits *traits);
 /* apm_flush without the note of the observer. */
 void apm_flush_lines(const void *address, size_t size);
 
-/* With -DAPM_LINE_TRACE the test sees each word as it is spoken: 'L' a line flushed, 'S' bytes streamed, 'D' a line
+/* With APM_LINE_TRACE test/test_copy.c sees each word as it is spoken: 'L' a line flushed, 'S' bytes streamed, 'D' a line
  * stored directly, 'F' a fence. Otherwise nothing is left of it. */
 #ifdef APM_LINE_TRACE
 void apm_line_trace(char word, const void *at, size_t size);
@@ -56,7 +63,8 @@ static inline __attribute__((always_inline)) void apm_line_fence(void) {
 }
 
 #if defined(__x86_64__)
-/* The processor orders each of them after earlier stores to the same line, so no fence is due before. */
+/* The processor orders each of them after earlier stores of this thread to the same line, non-temporal ones
+ * included, so that no fence is due between. */
 static inline __attribute__((always_inline)) void apm_line_clwb(const void *line) {
     apm_line_trace('L', line, 64);
     __asm__ volatile("clwb %0" : : "m"(*(const char *)line) : "memory");

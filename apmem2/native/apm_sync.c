@@ -175,7 +175,7 @@ static int write_bounced(const struct apm_record *record, uint64_t from_offset, 
 static int write_one(const struct apm_record *record, bool durable) {
     const struct apm_job *job = &record->job;
     const struct apm_file *file = job->map->file;
-    uint64_t to = job->map->offset + job->offset, from_offset;
+    uint64_t to = job->map->offset + job->offset, from_offset = 0;
     struct iovec pieces[RUN_PIECES];
     int result = 0;
     if (job->kind == APM_JOB_FILL) {

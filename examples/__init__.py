@@ -1,0 +1,1 @@
+"""Runnable examples of apmem2. Each one is run by the tests."""
