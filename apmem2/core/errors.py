@@ -86,12 +86,16 @@ class PmemError(Exception):
         return f"{self._message}. {self.hint}" if self.hint else self._message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.args, self.__dict__.copy()))
+        arguments = self.args
+        if isinstance(self, OSError) and self.filename is not None:
+            arguments = (*arguments, self.filename)  # OSError takes it out of args
+        return (_rebuild, (type(self), arguments, self.__dict__.copy()))
 
 
 def _rebuild(kind: type[PmemError], arguments: tuple[Any, ...], state: dict[str, Any]) -> PmemError:
-    error = kind.__new__(kind, *arguments)
-    Exception.__init__(error, *arguments)
+    base: Any = OSError if issubclass(kind, OSError) else Exception  # whose constructor kind uses
+    error: PmemError = base.__new__(kind, *arguments)
+    base.__init__(error, *arguments)
     error.__dict__.update(state)
     return error
 
@@ -148,6 +152,10 @@ class MappingExistsError(PmemError, FileExistsError):
     def __init__(self, message: str = "", *, existing: Any = None, **rest: Any) -> None:
         super().__init__(message, **rest)
         self.existing = existing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, (kind, arguments, state) = super().__reduce__()
+        return (rebuild, (kind, arguments, {**state, "existing": None}))  # a map stays in its process
 
 
 class NotMappedError(PmemError, ValueError):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import operator
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 from apmem2.core import config, runtime
 from apmem2.core.errors import (
@@ -29,18 +30,11 @@ from apmem2.core.errors import (
 from apmem2.core.granularity import Durability, Granularity, MemFlags, Protection, Sharing
 from apmem2.core.opening import Opening
 from apmem2.core.persist import Data, Inline, Pooled
-from apmem2.core.ranges import Pin, Touched, pin, raw
+from apmem2.core.ranges import Buffer, Pin, Touched, pin, raw
 from apmem2.core.registry import Interval, Registry
 from apmem2.core.runtime import Operation
 from apmem2.core.source import Opened, OpenFile, Source, StrPath, adopted_source, failed_before, open_file
 from apmem2.native import ffi, lib
-
-
-class Buffer(Protocol):
-    """Anything with the buffer protocol (collections.abc.Buffer from Python 3.12 on)."""
-
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-
 
 _SHARED_BLOCKS = 256  # blocks of one strided buffer that are under way at a time
 
@@ -120,9 +114,9 @@ class Map:
         if protection & int(Protection.READ):
             view = memoryview(ffi.buffer(guard, self.size)) if held is None else held.memory()
             self._view = view if self._writable else view.toreadonly()
-        self._strategy: Pooled = (
-            Pooled() if self.granularity is Granularity.PAGE else Inline(settings.inline_bytes_max)
-        )
+        # A private mapping of a file faults its pages in from the file: not on the loop's thread.
+        pooled = self.granularity is Granularity.PAGE or (self._file is not None and bool(pointer.sharing))
+        self._strategy: Pooled = Pooled() if pooled else Inline(settings.inline_bytes_max)
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
@@ -133,8 +127,11 @@ class Map:
 
     @property
     def view(self) -> memoryview:
-        """All of it, format "B". Storing through it neither persists nor is covered by the promise not to block the loop:
-        a store may fault and wait for the file system; `memcpy` does not."""
+        """All of it, format "B".
+
+        Storing through it neither persists nor is covered by the promise not to block the loop: a store may fault and
+        wait for the file system; `memcpy` does not.
+        """
         self._check_open()
         if self._view is None:
             raise AccessError("this map was made without Protection.READ", hint="Ask for Protection.READ.")
@@ -155,8 +152,8 @@ class Map:
         """The first failure of a sync of this file in this process, or None."""
         if self._file is None:
             return None
-        if self._file.failure is None and not self._closed:
-            code = int(self.pointer.file.failed)
+        if self._file.failure is None and not self._closed and not runtime.is_forked():
+            code: int = lib.apm_map_failed(self.pointer)
             if code < 0:
                 self._file.latch(self._persist_error(code))
         return self._file.failure
@@ -202,9 +199,11 @@ class Map:
         """The owner of the memory, for a job that is about to be submitted."""
         owner = self._owner
         if self._closing or owner is None or runtime.is_forked():
+            owner = None  # here and below: a traceback that somebody keeps must not keep the memory mapped
             self._check_open()
         file = self._file
         if file is not None and file.failure is not None:
+            owner = None
             raise self._failed_error()
         return owner
 
@@ -213,7 +212,7 @@ class Map:
         if code == ErrorCode.FILE_FAILED:
             return self._failed_error()
         error = self._persist_error(code)
-        if self._file is not None and isinstance(error, PersistError) and int(self.pointer.file.failed) < 0:
+        if self._file is not None and isinstance(error, PersistError) and lib.apm_map_failed(self.pointer) < 0:
             self._file.latch(error)
         return error
 
@@ -274,20 +273,26 @@ class Map:
         caller's to order.
 
         Durability: on return the bytes survive a power cut, where `durability` is POWER_LOSS.
-        Raises: `PersistError` when the sync failed, `MapFailedError` when an earlier one of this file did, `ClosedError`,
-        `OutOfRangeError`. Cancelled before it began, nothing is submitted; after that it goes on in the background.
+        Raises: `PersistError` when the sync failed, `MapFailedError` when an earlier one of this file did,
+        `ClosedError`, `OutOfRangeError`. Cancelled before it began, nothing is submitted; after that it goes on in the
+        background.
         """
         if size is None and offset is not None and not isinstance(offset, int):
             started: list[Operation] = []
-            for start, length in self._touched(offset, "persist"):
-                pending = self._strategy.persist(self, start, length)
-                if isinstance(pending, Operation):
-                    started.append(pending)
-                elif pending is not None:
-                    await pending
-                if len(started) == _SHARED_BLOCKS:
-                    await runtime.gather(started)
-                    started.clear()
+            try:
+                for start, length in self._touched(offset, "persist"):
+                    pending = self._strategy.persist(self, start, length)
+                    if isinstance(pending, Operation):
+                        started.append(pending)
+                    elif pending is not None:
+                        await pending
+                    if len(started) == _SHARED_BLOCKS:
+                        batch, started = started, []
+                        await runtime.gather(batch)
+            except BaseException:
+                for operation in started:
+                    operation.abandon()
+                raise
             await runtime.gather(started)
             return
         start, length = self._range(offset, size, "persist")
@@ -334,12 +339,12 @@ class Map:
     async def memcpy(self, offset: int, data: Buffer | bytes, flags: MemFlags | int = 0) -> None:
         """Copy data into the map at offset, and make it durable unless flags say otherwise.
 
-        data: any buffer. Up to `configure(copy_bytes_max=…)` bytes are copied at the call; longer data is read in the pool
-        and must stay unchanged until that has ended, cancelled or not. It may overlap the destination, also through another
-        map of the same file. flags: see `MemFlags`.
+        data: any buffer. Up to `configure(copy_bytes_max=…)` bytes are copied at the call; longer data is read in the
+        pool and must stay unchanged until that has ended, cancelled or not. It may overlap the destination, also
+        through another map of the same file. flags: see `MemFlags`.
 
-        Durability: flags 0: durable on return. NODRAIN: after the next `drain`. NOFLUSH: after a later `persist`. The bytes
-        show in the view on return in every case.
+        Durability: flags 0: durable on return. NODRAIN: after the next `drain`. NOFLUSH: after a later `persist`. The
+        bytes show in the view on return in every case.
         Raises: as `persist`, and `AccessError` on a map without Protection.WRITE.
         """
         self._check_writable()
@@ -394,8 +399,8 @@ class Map:
     async def aclose(self) -> None:
         """End it: wait for accepted work and raise its error, then let go of the memory. Idempotent.
 
-        Durability: what nobody persisted is not persisted. An owned mapping is unmapped; while views of it are alive that
-        is left to the last of them, with a ResourceWarning. An adopted mapping stays as it is.
+        Durability: what nobody persisted is not persisted. An owned mapping is unmapped; while views of it are alive
+        that is left to the last of them, with a ResourceWarning. An adopted mapping stays as it is.
         """
         runtime.check_forked()
         self._closing = True
@@ -455,12 +460,19 @@ def _warn_of_durability(found: Map) -> None:
     if found.durability is Durability.POWER_LOSS:
         return
     meaning = "does not survive" if found.durability is Durability.NONE else "is not known to survive"
-    warnings.warn(
-        f"{found!r}: what is persisted here {meaning} a power cut",
-        DurabilityWarning,
-        source=found,
-        stacklevel=3,
-    )
+    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("apmem2."):
+        level, frame = level + 1, frame.f_back  # whoever awaited the opener: another number of frames each time
+    try:
+        warnings.warn(
+            f"{found!r}: what is persisted here {meaning} a power cut",
+            DurabilityWarning,
+            source=found,
+            stacklevel=level,
+        )
+    except BaseException:  # warnings are errors here: nobody gets the map, so nobody would close it
+        found.drop("its warning was raised as an error")
+        raise
 
 
 def _warn_at_exit() -> None:
@@ -474,7 +486,7 @@ def _warn_at_exit() -> None:
 atexit.register(_warn_at_exit)
 
 
-# ---- making maps -------------------------------------------------------------------------------------------------------
+# ---- making maps -----------------------------------------------------------------------------------------------------
 
 
 async def _map(
@@ -522,7 +534,7 @@ async def _map(
             stale = _registry.overlapping(made.address, made.size)
             if stale is not None:
                 _drop_stale(stale)
-        made._interval = interval
+        made._interval = interval  # pyright: ignore[reportPrivateUsage]
     _warn_of_durability(made)
     return made
 
@@ -549,16 +561,17 @@ def open(
 ) -> Opening[Map]:
     """Create or open a file, map all of it for reading and writing, and own it. Await it, or `async with`.
 
-    path: a regular file of this user (`allow_foreign_owner=True` for another's); links are not followed. size: bytes, any
-    number above 0. A missing file is created with it: allocated and written with zeros unless `sparse`, durable with its
-    name before this returns, and invisible until then. An existing file must have that size; with `grow` a smaller one is
-    made longer. None takes an existing file as it is. mode: permissions of a new file. required_granularity: the coarsest
-    that is accepted. keep_cache: do not drop the file's clean cached pages (a warm restart; persists of files that were
-    written or read in large pieces then write much more than they were asked to). populate: read it in before returning.
+    path: a regular file of this user (`allow_foreign_owner=True` for another's); links are not followed. size: bytes,
+    any number above 0. A missing file is created with it: allocated and written with zeros unless `sparse`, durable
+    with its name before this returns, and invisible until then. An existing file must have that size; with `grow` a
+    smaller one is made longer. None takes an existing file as it is. mode: permissions of a new file.
+    required_granularity: the coarsest that is accepted. keep_cache: do not drop the file's clean cached pages (a warm
+    restart; persists of files that were written or read in large pieces then write much more than they were asked to).
+    populate: read it in before returning.
 
     Durability: of a new or grown file, its size and name are durable on return.
-    Raises: `MissingFileError`, `SizeMismatchError`, `DirectoryError`, `FileAccessError`, `InvalidSourceError` (a pipe or
-    device), `AccessError` (another user's), `OpenError` (a full disk: nothing is left behind), `MapFailedError`,
+    Raises: `MissingFileError`, `SizeMismatchError`, `DirectoryError`, `FileAccessError`, `InvalidSourceError` (a pipe
+    or device), `AccessError` (another user's), `OpenError` (a full disk: nothing is left behind), `MapFailedError`,
     `GranularityNotSupportedError`. Warns (`DurabilityWarning`) where persists do not survive a power cut.
     """
     source = Source.from_path(path)
@@ -691,13 +704,15 @@ def map_from_existing(
 ) -> Opening[Map]:
     """Adopt a mapping that somebody else made. Await it, or `async with`.
 
-    buffer: `mmap.mmap`, `numpy.memmap` or a contiguous slice of it, a ctypes or cffi buffer, any buffer, writable or not,
-    that lies in a shared mapping. It is held, so that it cannot be closed beneath the map, until `aclose`. Or address and
-    length in bytes: a raw address cannot be held; whoever owns it must keep it mapped until `aclose`. source: what is
-    mapped there; None: found through the kernel's own tables. granularity: what is claimed, None: found out.
+    buffer: `mmap.mmap`, `numpy.memmap` or a contiguous slice of it, a ctypes or cffi buffer, any buffer, writable or
+    not, that lies in a shared mapping. It is held, so that it cannot be closed beneath the map, until `aclose`. Or
+    address and length in bytes: a raw address cannot be held; whoever owns it must keep it mapped until `aclose`.
+    source: what is mapped there; None: found through the kernel's own tables. granularity: what is claimed, None: found
+    out.
 
-    The whole range must be mapped, shared, and of the source; it must overlap no registered map (half-open byte intervals:
-    touching is allowed). `aclose` ends the object and never unmaps. Advice and cached pages of the mapping are not touched.
+    The whole range must be mapped, shared, and of the source; it must overlap no registered map (half-open byte
+    intervals: touching is allowed). `aclose` ends the object and never unmaps. Advice and cached pages of the mapping
+    are not touched.
 
     Durability: nothing by itself; what happened before the adoption cannot be known.
     Raises: `MappingExistsError` (`.existing`), `PrivateMemoryError`, `NotMappedError`, `OtherFileError`,
@@ -713,7 +728,8 @@ def map_from_existing(
         if where <= 0 or size <= 0 or where + size > 1 << 64:
             code = ErrorCode.ADDRESS_NULL if where == 0 else ErrorCode.LENGTH_OUT_OF_RANGE
             raise OutOfRangeError(
-                f"{size} bytes at {where:#x} are no range of memory: empty, at 0, or beyond the address space", code=code
+                f"{size} bytes at {where:#x} are no range of memory: empty, at 0, or beyond the address space",
+                code=code,
             )
         held = raw(where, size)
     else:
@@ -725,7 +741,11 @@ def map_from_existing(
     del where
 
     async def begin() -> Map:
-        return await _adopt(held, source, claimed)
+        try:
+            return await _adopt(held, source, claimed)
+        except BaseException:
+            held.release()
+            raise
 
     return Opening("apmem2.map_from_existing", begin)
 
@@ -764,7 +784,7 @@ async def _adopt(held: Pin, source: Source | None, claimed: int) -> Map:
     made = Map(request.map, source or adopted_source(name(), size), path, held)
     try:
         async with _registry.lock:
-            made._interval = await _claim(made, what)
+            made._interval = await _claim(made, what)  # pyright: ignore[reportPrivateUsage]
     except BaseException:
         made.drop("it was never registered")
         raise
@@ -790,8 +810,8 @@ async def _claim(made: Map, what: str) -> Interval[Map]:
             _registry.remove(other)
             continue
         if not existing.pointer.adopted or await _still_there(existing):
-            if existing.closed:
-                continue
+            if existing._closed:  # pyright: ignore[reportPrivateUsage]
+                continue  # by another thread, just now; one that is still closing is still there
             raise MappingExistsError(
                 f"{what}: [{existing.address:#x}, {existing.address + existing.size:#x}) is registered already",
                 existing=existing,
@@ -801,10 +821,11 @@ async def _claim(made: Map, what: str) -> Interval[Map]:
 
 async def _still_there(existing: Map) -> bool:
     request = ffi.new("struct apm_check_request *")
-    request.map = existing.pointer
 
     def fail(code: int) -> PmemError:
         return error_of(code, "looking at the kernel's table of mappings")
 
-    await runtime.control(lib.APM_JOB_CHECK, request, fail, keep=existing, to_the_end=True)
+    await runtime.control(
+        lib.APM_JOB_CHECK, request, fail, keep=existing, handle=existing.handle, to_the_end=True
+    )
     return bool(request.still_there)

@@ -82,7 +82,7 @@ class Pooled:
         """Everything accepted before is durable when the awaitable ends."""
         if lib.apm_map_idle(bound.pointer) == 1:
             bound.hold()
-            return None
+            return runtime.bridge().spend(0)
         operation = Operation(runtime.bridge(), lib.APM_JOB_DRAIN, bound.error, None)
         operation.map = bound.handle
         return operation.bridge.start(operation)
@@ -128,8 +128,8 @@ class Pooled:
 class Inline(Pooled):
     """Cache-line and byte granularity: small ranges run here, on the caller's thread, without a system call.
 
-    A fence orders the flushes of its own thread only, so each call ends with its fence (law 1) and `drain` has nothing to
-    do but wait for what went to the pool. A budget gives the other tasks of the loop their turn.
+    A fence orders the flushes of its own thread only, so each call ends with its fence (law 1) and `drain` has nothing
+    to do but wait for what went to the pool. A budget gives the other tasks of the loop their turn.
     """
 
     def __init__(self, inline_bytes_max: int) -> None:

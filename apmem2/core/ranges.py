@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from apmem2.native import ffi
+
+
+class SupportsBuffer(Protocol):
+    """What type checkers know as a buffer (collections.abc.Buffer from Python 3.12 on)."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+
+class SupportsArrayInterface(Protocol):
+    """numpy's arrays, which declare `__buffer__` from Python 3.12 on only."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+Buffer = SupportsBuffer | SupportsArrayInterface
+"""Anything with the buffer protocol. For type checkers: at run time the buffer is simply asked for."""
 
 _FULL_READ_ONLY = 0x11C  # PyBUF_FULL_RO
 
@@ -41,8 +59,13 @@ class Pin:
         self.cdata = cdata
         self.read_only = read_only
 
+    def release(self) -> None:
+        """Let go of the buffer now, whoever still holds this object (a traceback may)."""
+        if self.cdata is not None:
+            ffi.release(self.cdata)
+
     def memory(self) -> memoryview:
-        """All of it, format "B"; a view of the buffer itself, never of its bare address, unless that is all there is."""
+        """All of it, format "B": a view of the buffer itself, of the bare address only where that is all there is."""
         cdata = ffi.cast("char *", self.address) if self.cdata is None else self.cdata
         view = memoryview(ffi.buffer(cdata, self.size))
         return view.toreadonly() if self.read_only else view
@@ -62,8 +85,26 @@ def pin(buffer: Any) -> Pin:
     if not view.c_contiguous:
         buffer = buffer.T  # Fortran order, an array's: its transpose is the same memory in C order
     view.release()
-    cdata = ffi.from_buffer("char[]", buffer)
-    return Pin(int(ffi.cast("uintptr_t", cdata)), len(cdata), cdata, read_only)
+    held = ffi.from_buffer("char[]", buffer)
+    below = _below(buffer)
+
+    def let_go(_: Any) -> None:
+        ffi.release(held)
+        for lower in below:
+            lower.release()
+
+    cdata = ffi.gc(ffi.cast("char *", held), let_go)  # views are made of this one: they hold what is below as well
+    return Pin(int(ffi.cast("uintptr_t", held)), len(held), cdata, read_only)
+
+
+def _below(buffer: Any) -> list[memoryview]:
+    """Holds on what a buffer lies on: numpy keeps an mmap below its arrays alive, but lets it be closed."""
+    found: list[memoryview] = []
+    while buffer is not None:
+        buffer = buffer.obj if isinstance(buffer, memoryview) else getattr(buffer, "base", None)
+        with contextlib.suppress(TypeError, ValueError, BufferError):
+            found.append(memoryview(buffer))
+    return found
 
 
 def _first_element(buffer: Any) -> int:

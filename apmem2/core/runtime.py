@@ -74,8 +74,16 @@ class Operation:
         try:
             yield from future
         except asyncio.CancelledError:
+            succeeded = future.done() and not future.cancelled() and future.exception() is None
+            if succeeded and self.undo is not None:
+                self.undo()  # the cancellation came before its waiter ran
             self.bridge.withdraw(self)
             raise
+        finally:
+            # A traceback holds this frame, and others that hold the operation: if they led back to the exception, files
+            # and memory would be let go by the garbage collector only.
+            self.future = None
+            del future
 
     def abandon(self) -> None:
         """Nobody will wait for it."""
@@ -97,8 +105,15 @@ class Operation:
         if cancelled is not None:
             if not future.cancelled() and future.exception() is None and self.undo is not None:
                 self.undo()
-            raise cancelled
-        future.result()
+            try:
+                raise cancelled
+            finally:
+                del cancelled  # its traceback holds this frame: no circle, what the caller lent is free at once
+        self.future = None
+        try:
+            future.result()
+        finally:
+            del future
 
 
 class Bridge:
@@ -144,7 +159,8 @@ class Bridge:
     def accept(self, operation: Operation) -> Awaitable[None] | None:
         """Hand it to the pool now, after all that was started before it; nobody will wait for its completion.
 
-        None: done. When the pool is full, an awaitable that ends with the acceptance. Raises what the pool refuses with.
+        None: done. When the pool is full, an awaitable that ends with the acceptance. Raises what the pool refuses
+        with.
         """
         self._tick.append(operation)
         self._leave()
@@ -177,6 +193,8 @@ class Bridge:
                     free.append(len(slots))
                     slots.append(None)
                 operation = tick.popleft()
+                if operation.future is not None and operation.future.cancelled():
+                    self.withdraw(operation)  # its waiter, cancelled just now, has not run yet
                 if operation.tag == Operation.ENDED:
                     continue  # withdrawn while it waited here
                 operation.tag = tag = free.pop()
@@ -236,6 +254,8 @@ class Bridge:
 
     def _take(self) -> None:
         slots, free = self._slots, self._free
+        tag: int
+        code: int
         while True:
             count: int = lib.apm_channel_take(self._channel, self._results, _BATCH)
             if count <= 0:
@@ -251,11 +271,11 @@ class Bridge:
 
     def _settle(self, operation: Operation, code: int) -> None:
         operation.tag = Operation.ENDED
+        error = None if code >= 0 or code == ErrorCode.WITHDRAWN else operation.error(code)
         operation.keep = None
         if operation.ended is not None:
             operation.ended()
         future = operation.future
-        error = None if code >= 0 or code == ErrorCode.WITHDRAWN else operation.error(code)
         if future is None or future.done() or self.loop.is_closed():
             if code >= 0 and operation.undo is not None:
                 operation.undo()
@@ -390,14 +410,16 @@ async def control(
     *,
     undo: Callable[[], None] | None = None,
     keep: object = None,
+    handle: int = 0,
     to_the_end: bool = False,
 ) -> None:
     """Run one control job of the core on `request` in the pool.
 
-    undo: run when it succeeded and its waiter was cancelled. to_the_end: a cancellation is raised only after the job has
-    ended (for jobs that are short and hold something of the caller's).
+    handle: the map that it is about, pinned meanwhile. undo: run when it succeeded and its waiter was cancelled. to_the_end: a cancellation is raised only after the job
+    has ended (for jobs that are short and hold something of the caller's).
     """
     operation = Operation(bridge(), kind, error, (request, keep))
+    operation.map = handle
     operation.data = int(ffi.cast("uintptr_t", request))
     operation.undo = undo
     operation.bridge.start(operation)
@@ -437,7 +459,8 @@ class Statistics:
     """What the pool did so far and does now, for the whole process. Jobs that ran inline are not in it.
 
     Counts are jobs; `sync_calls` are msync and synchronous writes; bytes are as asked for, not rounded to pages;
-    `oldest_round_s` is the age of the longest running round (0: none runs); latencies are from acceptance to completion.
+    `oldest_round_s` is the age of the longest running round (0: none runs); latencies are from acceptance to
+    completion.
     """
 
     submitted: int

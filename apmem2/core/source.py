@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from apmem2.core import runtime
 from apmem2.core.errors import ErrorCode, OutOfRangeError, PmemError, SizeMismatchError, error_of
@@ -22,8 +22,8 @@ class OpenFile:
 
     __slots__ = ("__weakref__", "_failure", "path")
 
-    _known: weakref.WeakValueDictionary[tuple[int, int], OpenFile] = weakref.WeakValueDictionary()
-    _lock = threading.Lock()
+    _known: ClassVar[weakref.WeakValueDictionary[tuple[int, int], OpenFile]] = weakref.WeakValueDictionary()
+    _lock = threading.RLock()  # a collection may come inside it, and with it a map that looks at its file
 
     def __init__(self, path: str | None) -> None:
         self.path = path
@@ -136,8 +136,8 @@ class Source:
     def from_fd(cls, fd: int) -> Source:
         """The file behind a descriptor of the caller's.
 
-        fd: open for reading, and for writing if it is to be mapped so. It is re-opened in the pool at the first use, not
-        needed after that, and never closed.
+        fd: open for reading, and for writing if it is to be mapped so. It is re-opened in the pool at the first use,
+        not needed after that, and never closed.
         """
         number = operator.index(fd)
         if number < 0:

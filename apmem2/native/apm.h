@@ -109,17 +109,18 @@ enum apm_sharing { APM_SHARED = 0, APM_PRIVATE = 1 };
 #define APM_PROT_WRITE 0x80000000
 
 /* A file of this process, by (device, inode): one open file description, one failure, one queue of
- * rounds, however many maps (laws 2, 4, 13). Read-only for the caller; every field but failed is
- * constant after the file was handed out. */
+ * rounds, however many maps (laws 2, 4, 13). Read-only for the caller. fd and writable change once at
+ * most, from a read-only description to one for both; failed from 0 to the first failure. */
 struct apm_file {
     uint64_t device;       /* st_dev */
     uint64_t inode;        /* st_ino */
     int32_t fd;            /* our own description; -1: could not be re-opened */
     uint32_t writable;     /* fd is open for writing */
     uint32_t coherent;     /* write() and mapping are known to see each other at once */
+    uint32_t range_sync;   /* sync_file_range reaches the file's own pages (not so on an overlay) */
     uint32_t durability;   /* enum apm_durability of the medium, sharing and forcing aside */
     uint64_t file_system;  /* statfs f_type */
-    int32_t failed;        /* 0, or the negative code of the first failed sync (atomic) */
+    int32_t failed;        /* 0, or the negative code of the first failed sync (atomic): ask apm_map_failed */
     uint32_t is_dup;       /* 1: fd is a dup of the caller's, because re-opening was refused */
     uint64_t serial;       /* never 0; one more for each file handed out anew */
     uint64_t vma_device;   /* what the kernel's table shows for a mapping of it (not st_dev on btrfs) */
@@ -201,9 +202,8 @@ struct apm_adopt_request {
     char path[512];         /* out: name that the kernel gives the mapping, "" when none */
 };
 
-/* Argument of APM_JOB_CHECK: does the kernel still show there what map was made of? */
+/* Argument of APM_JOB_CHECK: does the kernel still show what the job's map was made of? */
 struct apm_check_request {
-    struct apm_map *map;
     uint32_t still_there;  /* out */
     uint32_t reserved;
 };
@@ -221,9 +221,12 @@ int apm_map_persist(struct apm_map *map, uint64_t offset, uint64_t size);
 int apm_map_copy(struct apm_map *map, uint64_t offset, const void *from, uint64_t size, uint32_t flags);
 int apm_map_fill(struct apm_map *map, uint64_t offset, int value, uint64_t size, uint32_t flags);
 
-/* 1 when no flush, persist or durable copy of this map is accepted and unfinished, and no error of one waits to be told:
- * a drain would have nothing to do. */
+/* 1 when no flush, persist or durable copy of this map is accepted and unfinished, none that nobody awaited has failed,
+ * and the file has not failed: a drain would have nothing to do and nothing to tell. */
 int apm_map_idle(struct apm_map *map);
+
+/* The first failure of the map's file, or 0; also after the map let go of the file. Any thread. */
+int apm_map_failed(struct apm_map *map);
 
 /* The granularity that PMEM2_FORCE_GRANULARITY asks for, or -1. Read anew at each call. */
 int apm_forced_granularity(void);
@@ -243,7 +246,7 @@ enum apm_job_kind {
     APM_JOB_CHECK = 9
 };
 
-#define APM_PERSIST_UNAWAITED 1 /* nobody waits for this one: the next DRAIN of its map reports its error */
+#define APM_PERSIST_UNAWAITED 1 /* nobody waits for this one: every later DRAIN of its map reports its error */
 #define APM_DRAIN_ALL 1         /* wait for every kind of job, and for the unmapping when it is under way */
 
 /* One entry of a submission. 48 bytes, no padding: the caller may pack it as bytes. */
@@ -251,7 +254,7 @@ struct apm_job {
     uint32_t kind;
     uint32_t flags;
     uint64_t tag;          /* slot of the channel, below its capacity and not in use */
-    struct apm_map *map;   /* pinned from acceptance to completion; NULL for OPEN, MAP, ADOPT, NOOP */
+    struct apm_map *map;   /* pinned from acceptance to completion; NULL for OPEN, MAP, ADOPT, NOOP, else needed */
     uint64_t offset;
     uint64_t size;
     uint64_t data;         /* memory stays the caller's and must live until the completion */
@@ -266,9 +269,10 @@ struct apm_result {
 
 struct apm_channel;
 
-/* Sets the pool up, starts no thread: threads come with the first jobs, at most threads_max (2 to 1024) of
- * them, and each lane (rounds; all else) can always have at least one. Once per process; later calls return
- * -EALREADY. */
+/* Sets the pool up, starts no thread: threads come with the first jobs, at most threads_max (4 to 1024) of
+ * them. Each lane leaves the others at least one: rounds; plain copies and reading in, at most two of them for
+ * a file; opening and mapping; the pool's own errands. So threads_max - 3 files may hang before a healthy one
+ * has to wait. Once per process; later calls return -EALREADY. */
 int apm_pool_configure(uint32_t threads_max);
 
 /* A channel is where completions of one event loop arrive: a list and an eventfd (non-blocking, close on

@@ -20,8 +20,10 @@ static int allocate(int fd, uint64_t from, const struct apm_open_request *reques
         APM_OUTSIDE(result, APM_CALL_FTRUNCATE, fd, 0, to, ftruncate(fd, (off_t)to));
         return result < 0 ? -errno : 0;
     }
+    /* The blocks first, the size with the zeros: at no moment are there bytes inside the file that zeros will still be
+     * written over, so whoever opens a file that is growing loses nothing. */
     APM_OUTSIDE(result, APM_CALL_FALLOCATE, fd, from, to - from,
-                fallocate(fd, 0, (off_t)from, (off_t)(to - from)));
+                fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from)));
     if (result < 0 && errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL && errno != EPERM)
         return -errno;
     /* Where fallocate is unknown, the writing itself allocates (law 16). */
@@ -29,15 +31,19 @@ static int allocate(int fd, uint64_t from, const struct apm_open_request *reques
 }
 
 int apm_extend_file(int fd, uint64_t from, const struct apm_open_request *request) {
-    int result = allocate(fd, from, request);
-    if (result == 0)
-        result = apm_sync_file(fd);
-    if (result < 0) {
-        int cut; /* back to what it was: a half-grown file would have a size that nobody asked for */
-        APM_OUTSIDE(cut, APM_CALL_FTRUNCATE, fd, 0, from, ftruncate(fd, (off_t)from));
-        (void)cut;
-    }
-    return result;
+    return allocate(fd, from, request);
+}
+
+void apm_cut_file(int fd, uint64_t size) {
+    int result;
+    APM_OUTSIDE(result, APM_CALL_FTRUNCATE, fd, 0, size, ftruncate(fd, (off_t)size));
+    (void)result; /* it was a kindness */
+}
+
+static int unlink_name(int directory, const char *name) {
+    int result;
+    APM_OUTSIDE(result, APM_CALL_UNLINK, directory, 0, 0, unlinkat(directory, name, 0));
+    return result < 0 ? -errno : 0;
 }
 
 static int open_unnamed(int directory, uint32_t mode) {
@@ -52,12 +58,6 @@ static int link_unnamed(int fd, int directory, const char *name) {
     int result;
     snprintf(own, sizeof own, "/proc/self/fd/%d", fd);
     APM_OUTSIDE(result, APM_CALL_LINK, fd, 0, 0, linkat(AT_FDCWD, own, directory, name, AT_SYMLINK_FOLLOW));
-    return result < 0 ? -errno : 0;
-}
-
-static int unlink_name(int directory, const char *name) {
-    int result;
-    APM_OUTSIDE(result, APM_CALL_UNLINK, directory, 0, 0, unlinkat(directory, name, 0));
     return result < 0 ? -errno : 0;
 }
 
@@ -92,6 +92,11 @@ static int create_named(int directory, const char *name, const struct apm_open_r
     }
     if (temporary[0])
         (void)unlink_name(directory, temporary);
+    if (result == 0) {
+        result = apm_sync_file(fd);
+        if (result < 0)
+            (void)unlink_name(directory, name);
+    }
     if (result < 0) {
         close(fd);
         return result;
@@ -108,6 +113,11 @@ int apm_create_file(int directory, const char *name, const struct apm_open_reque
             result = apm_sync_file(fd);
         if (result == 0)
             result = link_unnamed(fd, directory, name);
+        if (result == 0) { /* and its link count: ext4 without a journal wrote 0 links with the sync before (seen) */
+            result = apm_sync_file(fd);
+            if (result < 0)
+                (void)unlink_name(directory, name);
+        }
         if (result == 0) {
             *out = fd;
         } else {

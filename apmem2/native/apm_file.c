@@ -26,6 +26,7 @@ enum { BUCKETS = 64, PURGE_TRIES = 3, CREATE_TRIES = 8 };
 static pthread_mutex_t files_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct apm_file_full *buckets[BUCKETS]; /* files_lock */
 static uint64_t serials;                       /* files_lock */
+static pthread_cond_t grown = PTHREAD_COND_INITIALIZER; /* some file's growing has ended; files_lock */
 
 static struct apm_file_full **bucket_of(uint64_t device, uint64_t inode) {
     return &buckets[(device * 31 + inode) % BUCKETS];
@@ -82,7 +83,7 @@ static void close_file(struct apm_work *work) {
     struct apm_file_full *file =
         (struct apm_file_full *)((char *)work - offsetof(struct apm_file_full, close_work));
     bool keep = has_posix_lock(file->pub.inode);
-    int first = -1, second = -1;
+    int fds[5], count = 0;
     pthread_mutex_lock(&files_lock);
     file->close_work.run = NULL;
     if (file->references > 0) {
@@ -94,9 +95,12 @@ static void close_file(struct apm_work *work) {
         pthread_mutex_unlock(&files_lock);
         return;
     }
-    first = file->pub.fd;
-    second = file->second_fd;
-    file->pub.fd = file->second_fd = -1;
+    if (file->pub.fd >= 0)
+        fds[count++] = file->pub.fd;
+    for (uint32_t i = 0; i < file->old_count; i++)
+        fds[count++] = file->old_fds[i];
+    file->pub.fd = -1;
+    file->old_count = 0;
     if (!apm_file_failure(&file->pub)) {
         struct apm_file_full **at = bucket_of(file->pub.device, file->pub.inode);
         while (*at != file)
@@ -105,10 +109,8 @@ static void close_file(struct apm_work *work) {
         free(file);
     } /* else: a tombstone, so that opening anew knows */
     pthread_mutex_unlock(&files_lock);
-    if (first >= 0)
-        close_fd(first);
-    if (second >= 0)
-        close_fd(second);
+    while (count)
+        close_fd(fds[--count]);
 }
 
 void apm_file_hold_for_map(struct apm_file *pub) {
@@ -192,7 +194,7 @@ static int reopen(int handle, const struct stat *about, bool must_write, int dir
         if (fd >= 0) {
             struct stat now;
             if (fstat(fd, &now) != 0 || now.st_ino != about->st_ino || now.st_dev != about->st_dev) {
-                close(fd);
+                discard(fd, now.st_ino);
                 return -ESTALE; /* somebody put another file under this name */
             }
             *writable = write;
@@ -230,6 +232,7 @@ static void fill_in(struct apm_file_full *file, const struct stat *about, int fd
     file->pub.fd = fd;
     file->pub.writable = writable;
     file->pub.coherent = medium.coherent && !is_dup;
+    file->pub.range_sync = medium.range_sync;
     file->pub.durability = is_dup && medium.durability == APM_DURABILITY_POWER_LOSS ? APM_DURABILITY_UNKNOWN
                                                                                     : medium.durability;
     file->pub.file_system = medium.file_system;
@@ -237,11 +240,12 @@ static void fill_in(struct apm_file_full *file, const struct stat *about, int fd
     probe_identity(&file->pub, about);
 }
 
-/* The file behind handle, with one reference for the caller: 1 when this process had not opened it before, 0 when it
- * had. first_fd: an O_RDWR description that is ours already (a file just made), or -1. */
+/* The file behind handle, with one reference for the caller. first_fd: an O_RDWR description that is ours already (a
+ * file just made), or -1. */
 static int obtain(int handle, const struct stat *about, bool must_write, int first_fd, int directory,
                   const char *name, struct apm_file **out, int32_t *cause) {
     bool writable = first_fd >= 0, is_dup = false, failed_before = false;
+    uint64_t serial_before = 0;
     int fd = first_fd;
     pthread_mutex_lock(&files_lock);
     struct apm_file_full *file = find(about->st_dev, about->st_ino);
@@ -253,6 +257,7 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
         return APM_E_FILE_FAILED;
     }
     failed_before = failure != 0;
+    serial_before = file ? file->pub.serial : 0;
     if (file && !failed_before && file->pub.fd >= 0 && (file->pub.writable || file->pub.is_dup)) {
         file->references++;
         file->retained = false;
@@ -270,7 +275,8 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
 
     if (fd < 0) {
         fd = reopen(handle, about, must_write, directory, name, &writable);
-        if (fd < 0 && !must_write) { /* better a shared memory of errors than none; durability is UNKNOWN then */
+        if (fd < 0 && !must_write && !(fcntl(handle, F_GETFL) & O_PATH)) {
+            /* better a shared memory of errors than none; durability is UNKNOWN then */
             fd = fcntl(handle, F_DUPFD_CLOEXEC, 0);
             is_dup = true;
             writable = fd >= 0 && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
@@ -291,7 +297,6 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
         discard(fd, about->st_ino);
         return -ENOMEM;
     }
-    fresh->second_fd = -1;
     fill_in(fresh, about, fd, writable, is_dup);
 
     int result = 0, spare = -1;
@@ -302,16 +307,17 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
         struct apm_file_full **bucket = bucket_of(about->st_dev, about->st_ino);
         fresh->references = 1;
         fresh->pub.serial = ++serials;
+        fresh->synced = first_fd >= 0; /* just made, and synced in the making */
         fresh->next = *bucket;
         *bucket = fresh;
         file = fresh;
         fresh = NULL;
-        result = 1;
     } else if (failure && file->maps > 0) {
         *cause = failure;
         result = APM_E_FILE_FAILED;
         spare = fd;
-    } else if (failure && !failed_before) { /* failed and closed while we opened: only a new look may believe */
+    } else if (failure && (!failed_before || file->pub.serial != serial_before)) {
+        /* failed and closed while we opened: only a new look may believe */
         *cause = failure;
         result = APM_E_FILE_FAILED;
         spare = fd;
@@ -320,19 +326,22 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
         if (failure || file->references == 0) {
             file->pub.serial = ++serials;
             __atomic_store_n(&file->pub.failed, 0, __ATOMIC_RELEASE);
-            result = 1;
+            file->synced = false;
+            file->dsync_works = false;
         }
-        if (in_use && file->pub.fd >= 0 && file->second_fd >= 0 && (file->pub.writable || !writable)) {
-            spare = fd; /* no place for a third; the one there has been told of what failed */
+        const uint32_t places = sizeof file->old_fds / sizeof *file->old_fds;
+        if (in_use && file->pub.fd >= 0 && file->old_count == places) {
+            spare = fd; /* no place for another; the one there has been told of what failed */
         } else if (failure || file->pub.fd < 0 || (writable && !file->pub.writable)) {
-            if (in_use)
-                file->second_fd = file->pub.fd; /* kept to the end: somebody may be using it */
+            if (in_use && file->pub.fd >= 0)
+                file->old_fds[file->old_count++] = file->pub.fd; /* kept to the end: somebody may be using it */
             else
                 spare = file->pub.fd;
             __atomic_store_n(&file->pub.fd, fd, __ATOMIC_RELEASE);
             __atomic_store_n(&file->pub.writable, writable, __ATOMIC_RELEASE);
             file->pub.is_dup = is_dup;
             file->pub.coherent = fresh->pub.coherent;
+            file->pub.range_sync = fresh->pub.range_sync;
             file->pub.durability = fresh->pub.durability;
         } else {
             spare = fd; /* another thread was faster */
@@ -343,7 +352,7 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
     pthread_mutex_unlock(&files_lock);
     discard(spare, about->st_ino);
     free(fresh);
-    if (result >= 0)
+    if (result == 0)
         *out = &file->pub;
     return result;
 }
@@ -363,26 +372,97 @@ static int by_descriptor(struct apm_open_request *request) {
         return APM_E_INVALID_FILE_TYPE;
     request->access = APM_PROT_READ | ((flags & O_ACCMODE) == O_RDWR ? APM_PROT_WRITE : 0u);
     request->file_size = (uint64_t)about.st_size;
-    result = obtain(request->fd, &about, false, -1, -1, NULL, &request->file, &request->cause);
-    return result < 0 ? result : 0;
+    return obtain(request->fd, &about, false, -1, -1, NULL, &request->file, &request->cause);
+}
+
+/* One change of size at a time, in this process by a mark, among processes by a lock on a byte that nobody maps. The lock
+ * is a description's own (OFD) and never waits: who holds the whole file locked has it refused, not hung. */
+static int begin_growing(struct apm_file_full *file, int *lock_fd) {
+    char own[64];
+    pthread_mutex_lock(&files_lock);
+    while (file->growing)
+        pthread_cond_wait(&grown, &files_lock);
+    file->growing = true;
+    pthread_mutex_unlock(&files_lock);
+    snprintf(own, sizeof own, "/proc/self/fd/%d", apm_file_fd(&file->pub));
+    APM_OUTSIDE(*lock_fd, APM_CALL_OPEN, file->pub.inode, 0, 0, open(own, O_RDWR | O_CLOEXEC));
+    struct flock byte = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = INT64_MAX - 1, .l_len = 1};
+    if (*lock_fd >= 0 && fcntl(*lock_fd, F_OFD_SETLK, &byte) < 0 && (errno == EAGAIN || errno == EACCES))
+        return -EBUSY;
+    return 0; /* no /proc, no such locks: only this process is kept out (law 16) */
+}
+
+static void end_growing(struct apm_file_full *file, int lock_fd) {
+    discard(lock_fd, file->pub.inode);
+    pthread_mutex_lock(&files_lock);
+    file->growing = false;
+    pthread_cond_broadcast(&grown);
+    pthread_mutex_unlock(&files_lock);
+}
+
+static int size_now(const struct apm_file *file, uint64_t *size) {
+    struct stat about;
+    int result;
+    APM_OUTSIDE(result, APM_CALL_FSTAT, file->fd, 0, 0, fstat(apm_file_fd(file), &about));
+    if (result < 0)
+        return -errno;
+    *size = (uint64_t)about.st_size;
+    return 0;
+}
+
+/* Makes the file as long as was asked for. What others have put into it meanwhile stays. */
+static int grow(struct apm_open_request *request) {
+    struct apm_file_full *file = (struct apm_file_full *)request->file;
+    int lock_fd, result = begin_growing(file, &lock_fd);
+    uint64_t before = 0;
+    if (result == 0)
+        result = size_now(request->file, &before);
+    if (result == 0 && before < request->size) {
+        result = apm_extend_file(apm_file_fd(request->file), before, request);
+        if (result == 0) {
+            result = apm_sync_file(apm_file_fd(request->file));
+            if (result < 0) /* the description is shared: nobody else will be told of this one (laws 4, 13) */
+                apm_file_fail(request->file, result);
+        } else {
+            pthread_mutex_lock(&files_lock);
+            bool alone = file->references == 1;
+            pthread_mutex_unlock(&files_lock);
+            if (alone)
+                apm_cut_file(apm_file_fd(request->file), before);
+        }
+    }
+    end_growing(file, lock_fd);
+    return result < 0 ? result : size_now(request->file, &request->file_size);
 }
 
 /* size is asked for and the file has another one: grow it, or say so. */
-static int match_size(struct apm_open_request *request, bool created) {
-    struct stat about;
-    int result;
-    APM_OUTSIDE(result, APM_CALL_FSTAT, request->file->fd, 0, 0, fstat(request->file->fd, &about));
-    if (result < 0)
-        return -errno;
-    request->file_size = (uint64_t)about.st_size;
-    if (created || request->size == 0 || request->size == request->file_size)
-        return 0;
-    if (!(request->flags & APM_OPEN_GROW) || request->size < request->file_size)
-        return APM_E_SIZE_MISMATCH;
-    result = apm_extend_file(request->file->fd, request->file_size, request);
-    if (result == 0)
-        request->file_size = request->size;
+static int match_size(struct apm_open_request *request) {
+    int result = size_now(request->file, &request->file_size);
+    if (result == 0 && request->size > request->file_size && (request->flags & APM_OPEN_GROW))
+        result = grow(request);
+    if (result == 0 && request->size != 0 && request->size != request->file_size)
+        result = APM_E_SIZE_MISMATCH;
     return result;
+}
+
+/* Who made the file may have died, or never asked, before it and its name were durable; the promises that are made under
+ * it from now on must not hang on that (law 15). The file once, the name each time: it may be another one. */
+static int sync_name(struct apm_file *pub, int directory) {
+    struct apm_file_full *file = (struct apm_file_full *)pub;
+    pthread_mutex_lock(&files_lock);
+    bool synced = file->synced;
+    pthread_mutex_unlock(&files_lock);
+    if (!synced) {
+        int result = apm_sync_file(apm_file_fd(pub));
+        if (result < 0) {
+            apm_file_fail(pub, result);
+            return result;
+        }
+        pthread_mutex_lock(&files_lock);
+        file->synced = true;
+        pthread_mutex_unlock(&files_lock);
+    }
+    return apm_sync_directory(directory);
 }
 
 static int open_in(struct apm_open_request *request, int directory, const char *name) {
@@ -426,19 +506,11 @@ static int open_in(struct apm_open_request *request, int directory, const char *
         result = obtain(handle, &about, must_write, first_fd, directory, name, &request->file, &request->cause);
         if (handle >= 0)
             close(handle);
-        if (result >= 0) {
+        if (result == 0) {
             request->access = APM_PROT_READ | (request->file->writable ? APM_PROT_WRITE : 0u);
-            /* Who made the file may have died, or never asked, before it and its name were durable; the promises
-             * that are made under it from now on must not hang on that (law 15). */
-            if (result == 1 && !request->created) {
-                result = apm_sync_file(request->file->fd);
-                if (result == 0)
-                    result = apm_sync_directory(directory);
-            } else {
-                result = 0;
-            }
+            result = request->created ? 0 : sync_name(request->file, directory);
             if (result == 0)
-                result = match_size(request, request->created);
+                result = match_size(request);
             if (result < 0) {
                 apm_file_release(request->file);
                 request->file = NULL;
@@ -485,23 +557,28 @@ int apm_file_open(struct apm_open_request *request) {
     return result;
 }
 
-/* Is the file behind this O_PATH or ordinary handle the one that the kernel shows for vma? */
-static int try_handle(const char *path, const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
+/* Is the file behind this handle the one that the kernel shows for vma? */
+static int try_file(int handle, const struct stat *about, const struct apm_vma *vma, struct apm_file **out,
+                    int32_t *cause) {
+    int result = obtain(handle, about, false, -1, -1, NULL, out, cause);
+    if (result == 0 && ((*out)->vma_device != vma->device || (*out)->vma_inode != vma->inode)) {
+        apm_file_release(*out);
+        *out = NULL;
+        return -ENOENT;
+    }
+    return result;
+}
+
+static int try_path(const char *path, const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
     struct stat about;
     int handle, result = -ENOENT;
     APM_OUTSIDE(handle, APM_CALL_OPEN, vma->inode, 0, 0, open(path, O_PATH | O_CLOEXEC));
     if (handle < 0)
         return -errno;
-    if (fstat(handle, &about) == 0 && S_ISREG(about.st_mode)) {
-        result = obtain(handle, &about, false, -1, -1, NULL, out, cause);
-        if (result >= 0 && ((*out)->vma_device != vma->device || (*out)->vma_inode != vma->inode)) {
-            apm_file_release(*out);
-            *out = NULL;
-            result = -ENOENT;
-        }
-    }
+    if (fstat(handle, &about) == 0 && S_ISREG(about.st_mode))
+        result = try_file(handle, &about, vma, out, cause);
     close(handle);
-    return result < 0 ? result : 0;
+    return result;
 }
 
 static int try_own_descriptors(const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
@@ -513,11 +590,10 @@ static int try_own_descriptors(const struct apm_vma *vma, struct apm_file **out,
     while (result == -ENOENT && (entry = readdir(directory)) != NULL) {
         struct stat about;
         int number = atoi(entry->d_name);
-        if (entry->d_name[0] == '.' || fstat(number, &about) != 0 || about.st_ino != vma->inode)
+        if (entry->d_name[0] == '.' || fstat(number, &about) != 0 || about.st_ino != vma->inode ||
+            !S_ISREG(about.st_mode))
             continue;
-        char path[64];
-        snprintf(path, sizeof path, "/proc/self/fd/%d", number);
-        result = try_handle(path, vma, out, cause);
+        result = try_file(number, &about, vma, out, cause);
         if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED)
             result = -ENOENT;
     }
@@ -539,7 +615,6 @@ static int without_descriptor(const struct apm_vma *vma, struct apm_file **out, 
     for (size_t i = 0; i < sizeof volatile_names / sizeof *volatile_names; i++)
         if (strncmp(vma->name, volatile_names[i], strlen(volatile_names[i])) == 0)
             fresh->pub.durability = APM_DURABILITY_NONE;
-    fresh->second_fd = -1;
     int result = 0;
     pthread_mutex_lock(&files_lock);
     struct apm_file_full *file = find(device, vma->inode);
@@ -569,11 +644,11 @@ int apm_file_of_vma(const struct apm_vma *vma, struct apm_file **out, int32_t *c
     char path[96];
     snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", (unsigned long long)vma->start,
              (unsigned long long)vma->end);
-    int result = try_handle(path, vma, out, cause); /* exact, where we are allowed to */
+    int result = try_path(path, vma, out, cause); /* exact, where we are allowed to */
     size_t length = strlen(vma->name);
     bool gone = length >= sizeof deleted - 1 && strcmp(vma->name + length - (sizeof deleted - 1), deleted) == 0;
     if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED && vma->name[0] == '/' && !gone)
-        result = try_handle(vma->name, vma, out, cause);
+        result = try_path(vma->name, vma, out, cause);
     if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED)
         result = try_own_descriptors(vma, out, cause);
     if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED)

@@ -87,6 +87,7 @@ struct apm_medium {
     uint64_t file_system;
     uint32_t durability;
     bool coherent;
+    bool range_sync;
 };
 void apm_medium_of(int fd, struct apm_medium *out);
 bool apm_has_eadr(void);
@@ -106,13 +107,20 @@ struct apm_file_full {
     uint32_t references;        /* files_lock; those of maps included */
     uint32_t maps;              /* files_lock */
     bool retained;              /* files_lock: nobody uses it, its fd must stay open */
-    int second_fd;              /* the earlier, read-only description, or -1 */
+    int old_fds[4];             /* earlier descriptions that somebody may still be using; files_lock */
+    uint32_t old_count;
+    bool growing;               /* files_lock: its size is being changed by an opener */
+    bool synced;                /* files_lock: its size and blocks were durable when a path was opened here */
+    bool dsync_works;           /* one round at a time: RWF_DSYNC has been granted */
     struct apm_work close_work;
     /* rounds: pool_lock */
     struct apm_record *first, *last; /* jobs waiting for the next round */
     struct apm_file_full *next_ready;
     bool ready, running;
+    uint32_t working; /* plain copies and reading in that run now */
 };
+/* fd may change while others look (read-only at first, read-write later). */
+static inline int apm_file_fd(const struct apm_file *file) { return __atomic_load_n(&file->fd, __ATOMIC_ACQUIRE); }
 int apm_file_open(struct apm_open_request *request);
 /* A map's reference, taken and dropped. The latter closes on this thread, one of the pool's. */
 void apm_file_hold_for_map(struct apm_file *file);
@@ -125,7 +133,9 @@ static inline int apm_file_failure(const struct apm_file *file) {
 }
 /* apm_create.c: a new file, or a longer one, durable with its name (law 15). *out = O_RDWR descriptor. */
 int apm_create_file(int directory, const char *name, const struct apm_open_request *request, int *out);
+/* Grows it; the caller syncs. Its size follows what is written, so nothing that others see is written over. */
 int apm_extend_file(int fd, uint64_t from, const struct apm_open_request *request);
+void apm_cut_file(int fd, uint64_t size);
 
 /* ---- maps ------------------------------------------------------------------------------------------- */
 struct apm_map_full {
@@ -138,12 +148,13 @@ struct apm_map_full {
     bool disowned, unmapping;
     uint32_t running_all, running_sync; /* accepted, not completed */
     struct apm_record *drains;          /* waiting for some of them */
-    int32_t unreported;                 /* first error of a flush that nobody awaited */
+    int32_t unreported;                 /* first error of a flush that nobody awaited; stays */
+    int32_t failed;                     /* the file's failure when the map let go of it */
     uint64_t unmap_sequence;
 };
 int apm_map_run(struct apm_map_request *request);
 int apm_adopt_run(struct apm_adopt_request *request);
-int apm_check_run(struct apm_check_request *request);
+int apm_check_run(const struct apm_map *map, struct apm_check_request *request);
 int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size);
 void apm_map_unmap(struct apm_map_full *map); /* memory and file; then drops the memory's reference */
 void apm_map_drop(struct apm_map_full *map);

@@ -78,7 +78,7 @@ static void decide_copy_path(struct apm_map *map) {
 static void drop_clean_cache(const struct apm_file *file, uint64_t offset, uint64_t length) {
     int result;
     APM_OUTSIDE(result, APM_CALL_FADVISE, file->inode, offset, length,
-                posix_fadvise(file->fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED));
+                posix_fadvise(apm_file_fd(file), (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED));
     (void)result;
 }
 
@@ -101,7 +101,7 @@ int apm_map_run(struct apm_map_request *request) {
         int failure = apm_file_failure(file);
         if (failure)
             return APM_E_FILE_FAILED;
-        APM_OUTSIDE(result, APM_CALL_FSTAT, file->fd, 0, 0, fstat(file->fd, &about));
+        APM_OUTSIDE(result, APM_CALL_FSTAT, file->fd, 0, 0, fstat(apm_file_fd(file), &about));
         if (result < 0)
             return -errno;
         if (about.st_size == 0)
@@ -115,7 +115,7 @@ int apm_map_run(struct apm_map_request *request) {
     if (!map)
         return -ENOMEM;
     bool shared_file = file && request->sharing == APM_SHARED;
-    int protection = system_protection(request->protection), fd = file ? file->fd : -1;
+    int protection = system_protection(request->protection), fd = file ? apm_file_fd(file) : -1;
     void *memory = MAP_FAILED;
     bool map_sync = false;
     if (shared_file) { /* MAP_SYNC is granted only where stores reach the medium without the kernel: real DAX */
@@ -190,6 +190,36 @@ static int inspect(struct apm_adopt_request *request, struct apm_vma *first, boo
     return 0;
 }
 
+/* The bytes of a last page beyond the end of the file never reach it. */
+static int inside_file(const struct apm_file *file, uint64_t offset, uint64_t length) {
+    struct stat about;
+    int result;
+    if (file->fd < 0)
+        return 0;
+    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(apm_file_fd(file), &about));
+    if (result < 0)
+        return -errno;
+    return offset + length > (uint64_t)about.st_size ? APM_E_MAP_RANGE : 0;
+}
+
+/* CACHE_LINE wants MAP_SYNC on all of this very mapping; only where the file could have it is the slow table read. */
+static bool is_synchronous(const struct apm_file *file, uint64_t address, uint64_t length) {
+    if (file->fd < 0)
+        return false;
+    void *probe = apm_sys_mmap(APM_CALL_MMAP_SYNC, NULL, apm_page_size(), PROT_READ, MAP_SHARED_VALIDATE | MAP_SYNC,
+                               apm_file_fd(file), 0);
+    if (probe == MAP_FAILED)
+        return false;
+    munmap(probe, apm_page_size());
+    for (uint64_t at = address; at < address + length; ) {
+        struct apm_vma vma;
+        if (apm_vma_is_synchronous(at) != 1 || apm_vma_at(at, &vma) < 0)
+            return false;
+        at = vma.end;
+    }
+    return true;
+}
+
 int apm_adopt_run(struct apm_adopt_request *request) {
     struct apm_vma vma;
     bool writable;
@@ -216,16 +246,13 @@ int apm_adopt_run(struct apm_adopt_request *request) {
         if (result < 0)
             return result;
     }
-    /* CACHE_LINE wants MAP_SYNC on this very mapping; only where the file could have it is the slow table read. */
-    bool map_sync = false;
-    if (file->fd >= 0) {
-        void *probe = apm_sys_mmap(APM_CALL_MMAP_SYNC, NULL, apm_page_size(), PROT_READ,
-                                   MAP_SHARED_VALIDATE | MAP_SYNC, file->fd, 0);
-        if (probe != MAP_FAILED) {
-            munmap(probe, apm_page_size());
-            map_sync = apm_vma_is_synchronous(request->address) == 1;
-        }
+    result = inside_file(file, vma.offset + (request->address - vma.start), request->length);
+    if (result < 0) {
+        if (!request->file)
+            apm_file_release(file);
+        return result;
     }
+    bool map_sync = is_synchronous(file, request->address, request->length);
     bool forced;
     uint32_t granularity = apply_force(apm_granted_granularity(map_sync), &forced);
     request->granularity = granularity;
@@ -252,8 +279,7 @@ int apm_adopt_run(struct apm_adopt_request *request) {
     return 0;
 }
 
-int apm_check_run(struct apm_check_request *request) {
-    const struct apm_map *map = request->map;
+int apm_check_run(const struct apm_map *map, struct apm_check_request *request) {
     uint64_t at = map->address, end = at + map->length;
     request->still_there = 0;
     while (at < end) {
@@ -282,13 +308,18 @@ int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size) 
         if (map->file && map->file->fd >= 0) {
             uint64_t in_file = map->offset + (at - map->address);
             APM_OUTSIDE(result, APM_CALL_FADVISE, map->file->inode, in_file, piece,
-                        posix_fadvise(map->file->fd, (off_t)in_file, (off_t)piece, POSIX_FADV_WILLNEED));
+                        posix_fadvise(apm_file_fd(map->file), (off_t)in_file, (off_t)piece, POSIX_FADV_WILLNEED));
         }
         APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_POPULATE_READ));
         if (result < 0 && (errno == EINVAL || errno == ENOSYS || errno == EPERM)) /* before 5.14: only read ahead */
             APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_WILLNEED));
+        if (result < 0 && errno == EFAULT) { /* SIGBUS to whoever touches it: no such page, or the device cannot read it */
+            if (map->file && inside_file(map->file, map->offset + offset, size) == APM_E_MAP_RANGE)
+                return APM_E_FILE_SHRANK;
+            return -EIO;
+        }
         if (result < 0)
-            return errno == EFAULT ? APM_E_FILE_SHRANK : errno == ENOMEM ? APM_E_NOT_MAPPED : -errno;
+            return errno == ENOMEM ? APM_E_NOT_MAPPED : -errno;
     }
     return 0;
 }

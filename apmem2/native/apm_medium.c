@@ -35,10 +35,11 @@ static void classify(uint64_t magic, struct apm_medium *out) {
     out->file_system = magic;
     out->durability = APM_DURABILITY_UNKNOWN;
     out->coherent = false;
+    out->range_sync = false;
     for (size_t i = 0; i < sizeof file_systems / sizeof *file_systems; i++)
         if (file_systems[i].magic == (uint32_t)magic) {
             out->durability = file_systems[i].durability;
-            out->coherent = file_systems[i].coherent;
+            out->coherent = out->range_sync = file_systems[i].coherent;
         }
 }
 
@@ -116,7 +117,8 @@ void apm_medium_of(int fd, struct apm_medium *out) {
         return; /* no /proc: the file system's own word stands */
     if (overlay)
         classify_overlay(options, out);
-    else if (has_option(options, "nobarrier") || has_option(options, "barrier=0"))
+    else if (has_option(options, "nobarrier") || has_option(options, "barrier=0") ||
+             has_option(options, "fsync_mode=nobarrier")) /* the last is f2fs's word */
         out->durability = APM_DURABILITY_UNKNOWN;
     free(options);
 }

@@ -1,8 +1,9 @@
 /* apm_pool.c - who runs what blocks, in which order, and how does the loop learn of it?
  *
- * The only file with threads. Jobs arrive in arrays and wait in one of two lanes: rounds (a queue per file, files taking
- * turns) and everything else. Each lane leaves the other at least one thread, so syncs that hang starve no copy, and a
- * file whose round hangs holds one thread and its own waiters (law 8). Threads are started when there is work for them.
+ * The only file with threads. Jobs arrive in arrays and wait in lanes: rounds (a queue per file, files taking turns),
+ * plain copies and reading in (at most two at a time of one file), opening and mapping, and the pool's own errands. Each
+ * lane leaves the others a thread, so syncs that hang starve no copy, and a file whose round hangs holds one thread and its
+ * own waiters (law 8). Threads are started when there is work for them.
  *
  * A completion is linked into its channel first, the eventfd is written after (law 3), once for a batch. pool_lock and a
  * channel's lock are never held together. Nothing is allocated between acceptance and completion: the records are the
@@ -19,6 +20,7 @@
 #include <unistd.h>
 
 enum { SLOTS_PER_CHUNK = 256, CAPACITY_MAX = 1 << 20, THREADS_MAX = 1024, THREADS_DEFAULT = 16 };
+enum { THREADS_MIN = 4, WORKING_PER_FILE = 2 };
 enum { FREE = 0, QUEUED_WORK, QUEUED_ROUND, PARKED, RUNNING, DONE };
 
 _Static_assert(sizeof(struct apm_job) == 48, "packed as bytes by the caller");
@@ -38,7 +40,7 @@ struct apm_channel {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* pool_lock: guards everything below */
 static pthread_cond_t work_there, all_quiet;
 static pthread_once_t started = PTHREAD_ONCE_INIT;
-static uint32_t threads_max = THREADS_DEFAULT, threads, idle, rounds_running, work_running;
+static uint32_t threads_max = THREADS_DEFAULT, threads, idle, rounds_running, work_running, controls_running, errands_running;
 static bool configured, stopping;
 static struct apm_record *work_first, *work_last;
 static struct apm_work *errands_first, *errands_last;
@@ -75,7 +77,7 @@ int apm_is_forked(void) { return __atomic_load_n(&forked, __ATOMIC_SEQ_CST); }
 int apm_pool_configure(uint32_t max) {
     if (apm_is_forked())
         return APM_E_FORKED;
-    if (max < 2 || max > THREADS_MAX)
+    if (max < THREADS_MIN || max > THREADS_MAX)
         return -EINVAL;
     pthread_mutex_lock(&lock);
     int result = configured || threads ? -EALREADY : 0;
@@ -88,6 +90,8 @@ int apm_pool_configure(uint32_t max) {
 }
 
 static void call_thread(void);
+
+static uint32_t running(void) { return rounds_running + work_running + errands_running; } /* pool_lock held */
 
 /* ---- completions -------------------------------------------------------------------------------------------- */
 
@@ -151,23 +155,19 @@ static void unmap_if_unused(struct apm_map_full *map) {
         return;
     map->unmapping = true;
     map->unmap_sequence = ++sequence;
+    map->failed = map->pub.file ? apm_file_failure(map->pub.file) : 0;
     map->unmap_work.run = run_unmap;
     push_errand(&map->unmap_work);
 }
 
-/* One job of the map has ended: drains that were accepted after it may be complete. They go to *done. Returns whether one
- * of them was told of its error. pool_lock held. */
-static bool release_drains(struct apm_map_full *map, uint64_t ended, bool is_sync, int code, struct apm_record ***done) {
-    bool told = false;
+/* One job of the map has ended: drains that were accepted after it may be complete. They go to *done. pool_lock held. */
+static void release_drains(struct apm_map_full *map, uint64_t ended, bool is_sync, int code, struct apm_record ***done) {
     for (struct apm_record **at = &map->drains; *at;) {
         struct apm_record *drain = *at;
         bool counts = drain->sequence > ended && (is_sync || (drain->job.flags & APM_DRAIN_ALL));
         if (counts) {
-            if (is_sync) {
-                told = true;
-                if (drain->code == 0)
-                    drain->code = code;
-            }
+            if (is_sync && drain->code == 0)
+                drain->code = code;
             drain->waits_for--;
         }
         if (counts && drain->waits_for == 0) {
@@ -179,7 +179,13 @@ static bool release_drains(struct apm_map_full *map, uint64_t ended, bool is_syn
             at = &drain->next;
         }
     }
-    return told;
+}
+
+/* What a drain without an error of its own has to say: nothing of a failed file is durable. pool_lock held. */
+static int drained(const struct apm_map_full *map, int code) {
+    if (code == 0 && !map->unmapping && map->pub.file && apm_file_failure(map->pub.file))
+        return APM_E_FILE_FAILED;
+    return code;
 }
 
 /* Books one record out. pool_lock held. */
@@ -200,16 +206,18 @@ static void settle(struct apm_record *record, uint64_t now, struct apm_record **
         return;
     map->pins--;
     if (record->job.kind == APM_JOB_DRAIN) {
+        if (!(record->job.flags & APM_DRAIN_ALL) && record->code != APM_E_WITHDRAWN)
+            record->code = drained(map, record->code);
         unmap_if_unused(map);
         return;
     }
     map->running_all--;
     map->running_sync -= record->is_sync;
     int code = record->code == APM_E_WITHDRAWN ? 0 : record->code;
-    bool told = release_drains(map, record->sequence, record->is_sync, code, done);
-    if (!told && code < 0 && record->job.kind == APM_JOB_PERSIST && (record->job.flags & APM_PERSIST_UNAWAITED) &&
-        !map->unreported)
+    /* It stays: those bytes are not durable, so no later drain may say that all accepted before it are. */
+    if (code < 0 && record->job.kind == APM_JOB_PERSIST && (record->job.flags & APM_PERSIST_UNAWAITED) && !map->unreported)
         map->unreported = code;
+    release_drains(map, record->sequence, record->is_sync, code, done);
     unmap_if_unused(map);
 }
 
@@ -229,7 +237,7 @@ static void complete(struct apm_record *records) {
     *end = drained;
     if (errands_first)
         call_thread();
-    if (stopping && !rounds_running && !work_running)
+    if (stopping && !running())
         pthread_cond_broadcast(&all_quiet);
     pthread_mutex_unlock(&lock);
     publish(all);
@@ -274,7 +282,7 @@ static int run_job(struct apm_record *record) {
     case APM_JOB_ADOPT:
         return apm_adopt_run((struct apm_adopt_request *)(uintptr_t)job->data);
     case APM_JOB_CHECK:
-        return apm_check_run((struct apm_check_request *)(uintptr_t)job->data);
+        return apm_check_run(job->map, (struct apm_check_request *)(uintptr_t)job->data);
     default:
         return -EINVAL;
     }
@@ -298,6 +306,17 @@ static struct apm_record *take_round(struct apm_file_full *file) { /* pool_lock 
     last->next = NULL;
     numbers.rounds++;
     numbers.round_jobs += count;
+    return jobs;
+}
+
+/* The pool is being stopped: what waits for the next round will not have one. */
+static struct apm_record *take_all(struct apm_file_full *file) { /* pool_lock held */
+    struct apm_record *jobs = file->first;
+    for (struct apm_record *record = jobs; record; record = record->next) {
+        record->state = RUNNING;
+        record->code = APM_E_STOPPED;
+    }
+    file->first = file->last = NULL;
     return jobs;
 }
 
@@ -332,29 +351,63 @@ static void run_round(uint32_t self) { /* pool_lock held on entry and exit */
     numbers.bytes_persisted += counts.bytes_persisted;
     numbers.bytes_copied += counts.bytes_copied;
     file->running = false; /* the jobs still pin their maps, and those the file */
+    struct apm_record *refused = stopping ? take_all(file) : NULL;
     if (file->first && !file->ready)
         push_ready(file);
     pthread_mutex_unlock(&lock);
     complete(jobs);
+    complete(refused);
     pthread_mutex_lock(&lock);
 }
 
-static void run_work(void) { /* pool_lock held on entry and exit */
-    struct apm_record *record = work_first;
-    work_first = record->next;
-    if (work_first)
-        work_first->previous = NULL;
-    else
-        work_last = NULL;
-    record->next = NULL;
+static void unlink_queued(struct apm_record *record);
+
+/* Opening, mapping and the like, which name no file yet, against plain copies and reading in, which do. */
+static bool is_file_work(const struct apm_record *record) {
+    return record->job.map && record->job.map->file && record->job.kind != APM_JOB_CHECK;
+}
+
+/* May a lane that runs so many jobs run one more? One thread is always left to the other lane, and one to errands. */
+static bool lane_open(uint32_t running_in_it) {
+    return running_in_it + 2 < threads_max && rounds_running + work_running + 1 < threads_max;
+}
+
+/* The first job of the work lane that may run: of one file no more than a few at a time, so that one that hangs does not
+ * fill the lane. The walk is long only while files hang. pool_lock held. */
+static struct apm_record *next_work(void) {
+    if (!lane_open(work_running))
+        return NULL;
+    for (struct apm_record *record = work_first; record; record = record->next) {
+        const struct apm_file_full *file = is_file_work(record) ? (struct apm_file_full *)record->job.map->file : NULL;
+        if (file ? file->working < WORKING_PER_FILE : controls_running + 3 < threads_max)
+            return record;
+    }
+    return NULL;
+}
+
+static bool may_work(void) { return next_work() != NULL; }
+static bool may_round(void) { return ready_first && lane_open(rounds_running); }
+static bool may_run_errand(void) { return errands_first && !errands_running; }
+
+static void run_work(struct apm_record *record) { /* pool_lock held on entry and exit */
+    struct apm_file_full *file = is_file_work(record) ? (struct apm_file_full *)record->job.map->file : NULL;
+    unlink_queued(record);
     record->state = RUNNING;
     record->began = true;
     work_running++;
+    if (file)
+        file->working++;
+    else
+        controls_running++;
     call_thread();
     pthread_mutex_unlock(&lock);
     record->code = run_job(record);
     pthread_mutex_lock(&lock);
     work_running--;
+    if (file)
+        file->working--; /* the job still pins its map, and that the file */
+    else
+        controls_running--;
     if ((record->job.kind == APM_JOB_COPY || record->job.kind == APM_JOB_FILL) && record->code == 0)
         numbers.bytes_copied += record->job.size;
     pthread_mutex_unlock(&lock);
@@ -367,18 +420,15 @@ static void run_errand(void) { /* pool_lock held on entry and exit */
     errands_first = work->next;
     if (!errands_first)
         errands_last = NULL;
-    work_running++;
+    errands_running++;
     call_thread();
     pthread_mutex_unlock(&lock);
     work->run(work);
     pthread_mutex_lock(&lock);
-    work_running--;
-    if (stopping && !rounds_running && !work_running)
+    errands_running--;
+    if (stopping && !running())
         pthread_cond_broadcast(&all_quiet);
 }
-
-static bool may_work(void) { return (work_first || errands_first) && work_running < threads_max - 1; }
-static bool may_round(void) { return ready_first && rounds_running < threads_max - 1; }
 
 static void *worker(void *argument) {
     uint32_t self = (uint32_t)(uintptr_t)argument;
@@ -388,13 +438,16 @@ static void *worker(void *argument) {
     pthread_mutex_lock(&lock);
     bool turn = false; /* the lanes take turns */
     while (!stopping) {
+        struct apm_record *work;
         turn = !turn;
         if (may_round() && (turn || !may_work()))
             run_round(self);
-        else if (may_work() && errands_first)
+        else if (may_run_errand())
             run_errand();
-        else if (may_work())
-            run_work();
+        else if ((work = next_work()) != NULL)
+            run_work(work);
+        else if (may_round())
+            run_round(self);
         else {
             idle++;
             pthread_cond_wait(&work_there, &lock);
@@ -417,6 +470,7 @@ static int start_thread(void) {
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     pthread_attr_setstacksize(&attributes, APM_THREAD_STACK);
 #endif
+    __atomic_store_n(&alive, 1, __ATOMIC_SEQ_CST); /* before there is a thread that a fork could leave behind */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int result;
@@ -429,14 +483,13 @@ static int start_thread(void) {
     if (error)
         return -error;
     threads++;
-    __atomic_store_n(&alive, 1, __ATOMIC_SEQ_CST);
     return 0;
 }
 
 /* One more thread for what can run now: an idle one, else a new one. Whoever takes work passes the call on, so there are
  * as many as find something to do, and work that hangs keeps none of the others from being called. pool_lock held. */
 static void call_thread(void) {
-    if (stopping || !(may_work() || may_round()))
+    if (stopping || !(may_round() || may_run_errand() || may_work()))
         return;
     if (idle)
         pthread_cond_signal(&work_there);
@@ -467,9 +520,19 @@ int apm_map_idle(struct apm_map *pub) {
     if (apm_is_forked())
         return APM_E_FORKED;
     pthread_mutex_lock(&lock);
-    bool quiet = map->running_sync == 0 && map->unreported == 0;
+    bool quiet = map->running_sync == 0 && map->unreported == 0 && drained(map, 0) == 0;
     pthread_mutex_unlock(&lock);
     return quiet;
+}
+
+int apm_map_failed(struct apm_map *pub) {
+    const struct apm_map_full *map = (const struct apm_map_full *)pub;
+    if (apm_is_forked())
+        return APM_E_FORKED;
+    pthread_mutex_lock(&lock); /* while it is held the map does not let go of its file */
+    int code = map->unmapping || !map->pub.file ? map->failed : apm_file_failure(map->pub.file);
+    pthread_mutex_unlock(&lock);
+    return code;
 }
 
 /* ---- channels ----------------------------------------------------------------------------------------------------- */
@@ -539,7 +602,7 @@ static bool joins_round(const struct apm_job *job) {
 static int check(const struct apm_job *job) {
     bool ranged = job->kind == APM_JOB_PERSIST || job->kind == APM_JOB_COPY || job->kind == APM_JOB_FILL ||
                   job->kind == APM_JOB_POPULATE;
-    if (job->kind > APM_JOB_CHECK || ((ranged || job->kind == APM_JOB_DRAIN) && !job->map))
+    if (job->kind > APM_JOB_CHECK || ((ranged || job->kind == APM_JOB_DRAIN || job->kind == APM_JOB_CHECK) && !job->map))
         return -EINVAL;
     if (ranged && (job->offset > job->map->length || job->size > job->map->length - job->offset))
         return APM_E_LENGTH_OUT_OF_RANGE;
@@ -566,7 +629,6 @@ static int accept_job(struct apm_channel *channel, const struct apm_job *job, ui
     if (job->kind == APM_JOB_DRAIN) {
         bool all = job->flags & APM_DRAIN_ALL;
         record->code = map->unreported;
-        map->unreported = 0;
         record->waits_for = all ? map->running_all + (map->unmap_sequence != 0) : map->running_sync;
         record->state = PARKED;
         if (record->waits_for == 0) {
@@ -678,10 +740,6 @@ static void unpark(struct apm_record *record) {
         at = &(*at)->next;
     *at = record->next;
     record->next = NULL;
-    if (record->code < 0 && record->job.map) { /* what it would have told, the next one tells */
-        struct apm_map_full *map = (struct apm_map_full *)record->job.map;
-        map->unreported = map->unreported ? map->unreported : record->code;
-    }
 }
 
 int apm_pool_withdraw(struct apm_channel *channel, uint32_t tag) {
@@ -749,7 +807,7 @@ int apm_pool_stop(uint32_t timeout_ms) {
     while (work_first || ready_first) {
         struct apm_record *record = work_first ? work_first : ready_first->first;
         unlink_queued(record);
-        record->code = APM_E_WITHDRAWN;
+        record->code = APM_E_STOPPED;
         record->state = RUNNING;
         *end = record;
         end = &record->next;
@@ -759,9 +817,9 @@ int apm_pool_stop(uint32_t timeout_ms) {
     complete(withdrawn);
     pthread_mutex_lock(&lock);
     int error = 0;
-    while (error == 0 && (rounds_running || work_running))
+    while (error == 0 && running())
         error = pthread_cond_timedwait(&all_quiet, &lock, &until);
-    int left = (int)(rounds_running + work_running);
+    int left = (int)running();
     pthread_mutex_unlock(&lock);
     return left;
 }

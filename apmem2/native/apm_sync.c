@@ -44,11 +44,11 @@ int apm_sync_directory(int fd) {
     return result == -EINVAL ? 0 : result; /* file systems that cannot sync a directory say EINVAL */
 }
 
-static int begin_writeback(int fd, uint64_t offset, uint64_t size) {
+static void begin_writeback(int fd, uint64_t offset, uint64_t size) {
     int result;
     APM_OUTSIDE(result, APM_CALL_SYNC_FILE_RANGE, fd, offset, size,
                 sync_file_range(fd, (off_t)offset, (off_t)size, SYNC_FILE_RANGE_WRITE));
-    return result < 0 && !unsupported(errno) && errno != ESPIPE ? -errno : 0;
+    (void)result; /* it only starts the writing; the sync that follows tells */
 }
 
 /* ---- writing: everything through one loop that continues short writes ------------------------------------------ */
@@ -110,10 +110,9 @@ int apm_sync_zero(int fd, uint64_t from, uint64_t to, const uint32_t *abandoned)
         uint64_t size = to - from < APM_PIECE ? to - from : APM_PIECE;
         int count = fill_pieces(pieces, zeros, sizeof zeros, size);
         int result = write_run(fd, (uint64_t)fd, pieces, count, from, false);
-        if (result == 0)
-            result = begin_writeback(fd, from, size);
         if (result < 0)
             return result;
+        begin_writeback(fd, from, size);
         from += size;
     }
     return 0;
@@ -123,10 +122,12 @@ int apm_sync_zero(int fd, uint64_t from, uint64_t to, const uint32_t *abandoned)
 
 /* Does the source lie in a mapping of the file that is written to, over the same bytes? A plain pwrite copies wrongly
  * then. The kernel's table is asked, because the mapping may be anybody's. Returns 1 with *from_offset, 0 or negative. */
-static int overlaps_source(const struct apm_record *record, uint64_t *from_offset) {
+static int overlaps_source(const struct apm_record *record, uint64_t *from_offset, bool *scattered) {
     const struct apm_job *job = &record->job;
     const struct apm_file *file = job->map->file;
     uint64_t at = job->data, end = job->data + job->size, to = job->map->offset + job->offset;
+    int answer = 0;
+    *scattered = false;
     if (job->flags & APM_F_SOURCE_OWNED)
         return 0;
     while (at < end) {
@@ -140,31 +141,36 @@ static int overlaps_source(const struct apm_record *record, uint64_t *from_offse
         if (vma.inode == file->vma_inode && vma.device == file->vma_device) {
             uint64_t source = vma.offset + (at - vma.start);
             if (source < to + job->size && to < source + (stop - at)) {
-                *from_offset = source - (at - job->data);
-                return 1;
+                *from_offset = source;
+                answer = 1;
             }
         }
+        *scattered = *scattered || stop < end;
         at = stop;
     }
-    return 0;
+    return answer;
 }
 
-/* By way of a buffer of our own, in pieces, from the end that is overwritten last. */
-static int write_bounced(const struct apm_record *record, uint64_t from_offset, bool durable) {
+/* By way of a buffer of our own, in pieces, from the end that is overwritten last; all at once when the source lies in
+ * several mappings, which have no one direction. */
+static int write_bounced(const struct apm_record *record, uint64_t from_offset, bool scattered, bool durable, bool *wrote) {
     const struct apm_job *job = &record->job;
     uint64_t to = job->map->offset + job->offset, left = job->size;
     char small[4096]; /* slow, but it cannot be refused in the middle of a round */
-    size_t room = left < BOUNCE ? left : BOUNCE;
+    size_t room = left < BOUNCE || scattered ? left : BOUNCE;
     char *large = apm_allocate(room), *buffer = large ? large : small;
+    if (!large && scattered)
+        return -ENOMEM;
     if (!large)
         room = sizeof small;
     int result = 0;
+    *wrote = true;
     for (uint64_t done = 0; result == 0 && left; ) {
         uint64_t size = left < room ? left : room;
         uint64_t at = from_offset < to ? left - size : done; /* backwards when the destination lies behind */
         memcpy(buffer, (const char *)(uintptr_t)job->data + at, size);
         struct iovec piece = {buffer, size};
-        result = write_run(job->map->file->fd, job->map->file->inode, &piece, 1, to + at, durable);
+        result = write_run(apm_file_fd(job->map->file), job->map->file->inode, &piece, 1, to + at, durable);
         done += size;
         left -= size;
     }
@@ -172,33 +178,42 @@ static int write_bounced(const struct apm_record *record, uint64_t from_offset, 
     return result;
 }
 
-static int write_one(const struct apm_record *record, bool durable) {
+/* *wrote: the file was touched, so an error may be that of a write-back. */
+static int write_one(const struct apm_record *record, bool durable, bool *wrote) {
     const struct apm_job *job = &record->job;
     const struct apm_file *file = job->map->file;
     uint64_t to = job->map->offset + job->offset, from_offset = 0;
     struct iovec pieces[RUN_PIECES];
+    bool scattered = false;
     int result = 0;
+    *wrote = job->kind == APM_JOB_FILL;
     if (job->kind == APM_JOB_FILL) {
         char pattern[PATTERN];
         memset(pattern, (int)job->data, sizeof pattern);
         for (uint64_t at = 0; result == 0 && at < job->size; at += APM_PIECE) {
             uint64_t size = job->size - at < APM_PIECE ? job->size - at : APM_PIECE;
             int count = fill_pieces(pieces, pattern, sizeof pattern, size);
-            result = write_run(file->fd, file->inode, pieces, count, to + at, durable);
+            result = write_run(apm_file_fd(file), file->inode, pieces, count, to + at, durable);
         }
         return result;
     }
-    result = overlaps_source(record, &from_offset);
+    result = overlaps_source(record, &from_offset, &scattered);
     if (result < 0)
         return result;
     if (result == 1)
-        return write_bounced(record, from_offset, durable);
+        return write_bounced(record, from_offset, scattered, durable, wrote);
+    *wrote = true;
     for (uint64_t at = 0; result == 0 && at < job->size; at += APM_PIECE) {
         uint64_t size = job->size - at < APM_PIECE ? job->size - at : APM_PIECE;
         pieces[0] = (struct iovec){(char *)(uintptr_t)job->data + at, size};
-        result = write_run(file->fd, file->inode, pieces, 1, to + at, durable);
+        result = write_run(apm_file_fd(file), file->inode, pieces, 1, to + at, durable);
     }
     return result;
+}
+
+/* Errors of a plain write that say: the bytes never reached the page cache. They are the caller's alone (law 4). */
+static bool refused_before_the_cache(int code) {
+    return code == -EFAULT || code == -EFBIG || code == -ENOSPC || code == -EDQUOT || code == -EINTR;
 }
 
 /* Through the mapping, where write() and the mapping are not known to agree: may fault here, on a thread of the pool. */
@@ -219,7 +234,7 @@ static int size_of(const struct apm_file *file, uint64_t *size) {
     int result = 0;
     *size = UINT64_MAX;
     if (file->fd >= 0) {
-        APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(file->fd, &about));
+        APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(apm_file_fd(file), &about));
         if (result == 0)
             *size = (uint64_t)about.st_size;
     }
@@ -239,7 +254,13 @@ int apm_sync_write_plain(const struct apm_record *record) {
     int result = size_of(record->job.map->file, &size);
     if (result == 0 && end_in_file(record) > size)
         result = APM_E_FILE_SHRANK; /* a write would grow the file again and leave a hole */
-    return result < 0 ? result : write_one(record, false);
+    if (result < 0)
+        return result;
+    bool wrote;
+    result = write_one(record, false, &wrote);
+    if (result < 0 && wrote && !refused_before_the_cache(result))
+        apm_file_fail(record->job.map->file, result);
+    return result;
 }
 
 /* ---- the round ---------------------------------------------------------------------------------------------------- */
@@ -271,22 +292,25 @@ static bool is_write(const struct apm_record *record) {
 static bool callers_alone(int code) { return code == -EFAULT || code == -EFBIG; }
 
 /* One written run has ended with result: who learns what. */
-static void settle_run(struct apm_file_full *file, struct span *run, uint32_t count, int result) {
+static void settle_run(struct apm_file_full *file, struct span *run, uint32_t count, int result, bool wrote) {
     for (uint32_t i = 0; i < count; i++) {
         run[i].record->code = result;
         run[i].record->needs_sync = false;
     }
-    if (result < 0 && !callers_alone(result))
+    if (result < 0 && wrote && !callers_alone(result))
         apm_file_fail(&file->pub, result);
 }
 
 /* The plain way of a durable copy: write, and let the persists of this round sync the pages. What a plain write refuses is
  * the caller's alone. */
-static void write_then_sync(struct span *run, uint32_t count) {
+static void write_then_sync(struct apm_file_full *file, struct span *run, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
-        int result = run[i].record->job.map->by_pwrite ? write_one(run[i].record, false) : 0;
+        bool wrote;
+        int result = write_one(run[i].record, false, &wrote);
         run[i].record->code = result;
         run[i].record->needs_sync = result == 0;
+        if (result < 0 && wrote && !refused_before_the_cache(result))
+            apm_file_fail(&file->pub, result);
     }
 }
 
@@ -327,6 +351,7 @@ static void run_writes(struct apm_file_full *file, struct apm_record *jobs, stru
     }
     for (uint32_t i = 0, next; i < count; i = next) {
         struct apm_record *record = spans[i].record;
+        bool wrote;
         next = i + 1;
         if (!record->job.map->by_pwrite) {
             store_one(record);
@@ -344,15 +369,17 @@ static void run_writes(struct apm_file_full *file, struct apm_record *jobs, stru
                 total += job->size;
                 next++;
             }
-            result = write_run(file->pub.fd, file->pub.inode, pieces, (int)(next - i), spans[i].begin, true);
+            result = write_run(apm_file_fd(&file->pub), file->pub.inode, pieces, (int)(next - i), spans[i].begin, true);
+            wrote = true;
         } else {
-            result = write_one(record, true);
+            result = write_one(record, true, &wrote);
         }
         counts->sync_calls++;
-        if (result < 0 && unsupported(-result))
-            write_then_sync(spans + i, next - i); /* no RWF_DSYNC here (law 16) */
+        file->dsync_works = file->dsync_works || result == 0;
+        if (result < 0 && wrote && unsupported(-result) && !file->dsync_works)
+            write_then_sync(file, spans + i, next - i); /* no RWF_DSYNC here (law 16) */
         else
-            settle_run(file, spans + i, next - i, result);
+            settle_run(file, spans + i, next - i, result, wrote);
         if (apm_file_failure(&file->pub))
             return;
     }
@@ -389,10 +416,9 @@ static struct span pages_of(struct apm_record *record) {
 static void sync_one_by_one(struct apm_file_full *file, struct span *run, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
         struct span pages = pages_of(run[i].record);
-        int result = sync_mapping(&file->pub, pages.begin, pages.end);
-        if (result == -ENOMEM && !is_mapped(pages.begin, pages.end))
-            result = APM_E_NOT_MAPPED;
-        else if (result < 0)
+        int result = is_mapped(pages.begin, pages.end) ? sync_mapping(&file->pub, pages.begin, pages.end)
+                                                       : APM_E_NOT_MAPPED;
+        if (result < 0 && result != APM_E_NOT_MAPPED)
             apm_file_fail(&file->pub, result);
         run[i].record->code = result;
     }
@@ -404,12 +430,14 @@ static int ask_own_description(const struct apm_file *file, uint64_t offset) {
     int result;
     if (file->fd < 0)
         return 0;
+    if (!file->range_sync) /* an overlay's own inode has no pages and no mark: only a real sync goes through it */
+        return apm_sync_data(apm_file_fd(file));
     APM_OUTSIDE(result, APM_CALL_SYNC_FILE_RANGE, file->inode, offset, 1,
-                sync_file_range(file->fd, (off_t)offset, 1, SYNC_FILE_RANGE_WAIT_BEFORE));
+                sync_file_range(apm_file_fd(file), (off_t)offset, 1, SYNC_FILE_RANGE_WAIT_BEFORE));
     if (result == 0)
         return 0;
     if (unsupported(errno) || errno == ESPIPE)
-        return apm_sync_data(file->fd);
+        return apm_sync_data(apm_file_fd(file));
     return -errno;
 }
 
@@ -433,7 +461,7 @@ static void run_persists(struct apm_file_full *file, struct apm_record *jobs, st
                 end = spans[next].end;
         int result = sync_mapping(&file->pub, begin, end);
         counts->sync_calls++;
-        if (result == -ENOMEM)
+        if (result == -ENOMEM && !is_mapped(begin, end)) /* else it is the write-back that failed, and it is told once */
             sync_one_by_one(file, spans + i, next - i);
         else if (result < 0)
             apm_file_fail(&file->pub, result);
