@@ -406,7 +406,12 @@ class Map:
         self._closing = True
         if self._closed:
             return
-        await self._strategy.drain_all(self, self._finish)
+        try:
+            await self._strategy.drain_all(self, self._finish)
+        except PmemError:
+            if self._disowned:
+                await self._strategy.drain_all(self, None)  # told of an error or not, it is unmapped on return
+            raise
         if self._disowned:
             await self._strategy.drain_all(self, None)  # until it is unmapped
         else:

@@ -154,7 +154,7 @@ class Inline(Pooled):
         return self.persist(bound, offset, size)
 
     def copy(self, bound: Bound, offset: int, data: Data, flags: int) -> Awaitable[None] | None:
-        if data.size > self._max:
+        if data.size > self._max or not data.owned:  # another mapping of the same bytes is looked for in the pool
             return super().copy(bound, offset, data, flags)
         owner = bound.hold()
         code: int = lib.apm_map_copy(bound.pointer, offset, data.cdata, data.size, flags)

@@ -40,6 +40,11 @@ void apm_cut_file(int fd, uint64_t size) {
     (void)result; /* it was a kindness */
 }
 
+/* Cancelled until here, a creation leaves nothing; from the link on there is a whole file. */
+static int still_wanted(const struct apm_open_request *request) {
+    return __atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE) ? APM_E_WITHDRAWN : 0;
+}
+
 static int unlink_name(int directory, const char *name) {
     int result;
     APM_OUTSIDE(result, APM_CALL_UNLINK, directory, 0, 0, unlinkat(directory, name, 0));
@@ -77,6 +82,8 @@ static int create_named(int directory, const char *name, const struct apm_open_r
     int result = allocate(fd, 0, request);
     if (result == 0)
         result = apm_sync_file(fd);
+    if (result == 0)
+        result = still_wanted(request);
     if (result == 0) {
         APM_OUTSIDE(result, APM_CALL_LINK, fd, 0, 0, linkat(directory, temporary, directory, name, 0));
         if (result < 0)
@@ -111,6 +118,8 @@ int apm_create_file(int directory, const char *name, const struct apm_open_reque
         result = allocate(fd, 0, request);
         if (result == 0)
             result = apm_sync_file(fd);
+        if (result == 0)
+            result = still_wanted(request);
         if (result == 0)
             result = link_unnamed(fd, directory, name);
         if (result == 0) { /* and its link count: ext4 without a journal wrote 0 links with the sync before (seen) */

@@ -249,6 +249,8 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
     int fd = first_fd;
     pthread_mutex_lock(&files_lock);
     struct apm_file_full *file = find(about->st_dev, about->st_ino);
+    if (file)
+        file->joined = true;
     int failure = file ? apm_file_failure(&file->pub) : 0;
     if (failure && file->maps > 0) {
         pthread_mutex_unlock(&files_lock);
@@ -383,6 +385,7 @@ static int begin_growing(struct apm_file_full *file, int *lock_fd) {
     while (file->growing)
         pthread_cond_wait(&grown, &files_lock);
     file->growing = true;
+    file->joined = false;
     pthread_mutex_unlock(&files_lock);
     snprintf(own, sizeof own, "/proc/self/fd/%d", apm_file_fd(&file->pub));
     APM_OUTSIDE(*lock_fd, APM_CALL_OPEN, file->pub.inode, 0, 0, open(own, O_RDWR | O_CLOEXEC));
@@ -423,11 +426,12 @@ static int grow(struct apm_open_request *request) {
             result = apm_sync_file(apm_file_fd(request->file));
             if (result < 0) /* the description is shared: nobody else will be told of this one (laws 4, 13) */
                 apm_file_fail(request->file, result);
-        } else {
+        }
+        if (result < 0) { /* back to what it was, unless somebody has seen it longer by now */
             pthread_mutex_lock(&files_lock);
-            bool alone = file->references == 1;
+            bool joined = file->joined;
             pthread_mutex_unlock(&files_lock);
-            if (alone)
+            if (!joined)
                 apm_cut_file(apm_file_fd(request->file), before);
         }
     }

@@ -79,6 +79,11 @@ struct apm_vma {
 };
 /* The mapping that contains address: 0, -APM_E_NOT_MAPPED's code, or -errno. */
 int apm_vma_at(uint64_t address, struct apm_vma *out);
+/* Do the size bytes at data lie in a mapping of file, over some of the bytes [to, to + size) of it? A copy between two
+ * mappings of the same bytes sees no overlap in the addresses, and a pwrite from one copies wrongly. 1 with *from, the
+ * offset in file of the first byte, and *scattered when the source is more than one mapping; 0; or negative. */
+int apm_vma_overlaps(const struct apm_file *file, uint64_t data, uint64_t size, uint64_t to, uint64_t *from,
+                     bool *scattered);
 /* Has the mapping that contains address MAP_SYNC? 1, 0 or -errno. */
 int apm_vma_is_synchronous(uint64_t address);
 
@@ -109,7 +114,7 @@ struct apm_file_full {
     bool retained;              /* files_lock: nobody uses it, its fd must stay open */
     int old_fds[4];             /* earlier descriptions that somebody may still be using; files_lock */
     uint32_t old_count;
-    bool growing;               /* files_lock: its size is being changed by an opener */
+    bool growing, joined;       /* files_lock: an opener is making it longer; another one came while it did */
     bool synced;                /* files_lock: its size and blocks were durable when a path was opened here */
     bool dsync_works;           /* one round at a time: RWF_DSYNC has been granted */
     struct apm_work close_work;
@@ -155,6 +160,8 @@ struct apm_map_full {
 int apm_map_run(struct apm_map_request *request);
 int apm_adopt_run(struct apm_adopt_request *request);
 int apm_check_run(const struct apm_map *map, struct apm_check_request *request);
+/* COPY by stores: the bytes that job->data stands for, which may be a copy of them (*copy, to be freed). */
+int apm_map_source(const struct apm_job *job, const void **source, void **copy);
 int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size);
 void apm_map_unmap(struct apm_map_full *map); /* memory and file; then drops the memory's reference */
 void apm_map_drop(struct apm_map_full *map);

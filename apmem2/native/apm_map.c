@@ -298,6 +298,25 @@ int apm_check_run(const struct apm_map *map, struct apm_check_request *request) 
     return 0;
 }
 
+int apm_map_source(const struct apm_job *job, const void **source, void **copy) {
+    const struct apm_map *map = job->map;
+    uint64_t from;
+    bool scattered;
+    *source = (const void *)(uintptr_t)job->data;
+    *copy = NULL;
+    if ((job->flags & APM_F_SOURCE_OWNED) || !map->file || map->sharing == APM_PRIVATE)
+        return 0;
+    int result = apm_vma_overlaps(map->file, job->data, job->size, map->offset + job->offset, &from, &scattered);
+    bool same_mapping = job->data + job->size > map->address && job->data < map->address + map->length;
+    if (result <= 0 || (same_mapping && !scattered)) /* within one mapping the addresses show the overlap */
+        return result < 0 ? result : 0;
+    *copy = apm_allocate(job->size);
+    if (!*copy)
+        return -ENOMEM;
+    *source = memcpy(*copy, *source, job->size);
+    return 0;
+}
+
 int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size) {
     const uint64_t page = apm_page_size();
     uint64_t begin = (map->address + offset) & ~(page - 1);

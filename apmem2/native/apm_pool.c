@@ -259,6 +259,20 @@ void apm_map_errand_done(struct apm_map_full *map) {
 
 /* ---- threads ---------------------------------------------------------------------------------------------------- */
 
+static int run_copy(const struct apm_record *record) {
+    const struct apm_job *job = &record->job;
+    const void *source;
+    void *copy;
+    if (job->map->granularity == APM_PAGE)
+        return apm_sync_write_plain(record);
+    int result = apm_map_source(job, &source, &copy);
+    if (result < 0)
+        return result;
+    result = apm_map_copy(job->map, job->offset, source, job->size, job->flags);
+    free(copy);
+    return result;
+}
+
 static int run_job(struct apm_record *record) {
     const struct apm_job *job = &record->job;
     switch (job->kind) {
@@ -267,12 +281,11 @@ static int run_job(struct apm_record *record) {
     case APM_JOB_PERSIST:
         return apm_map_persist(job->map, job->offset, job->size);
     case APM_JOB_COPY:
+        return run_copy(record);
     case APM_JOB_FILL:
         if (job->map->granularity == APM_PAGE)
             return apm_sync_write_plain(record);
-        return job->kind == APM_JOB_COPY
-                   ? apm_map_copy(job->map, job->offset, (const void *)(uintptr_t)job->data, job->size, job->flags)
-                   : apm_map_fill(job->map, job->offset, (int)job->data, job->size, job->flags);
+        return apm_map_fill(job->map, job->offset, (int)job->data, job->size, job->flags);
     case APM_JOB_POPULATE:
         return apm_populate_run(job->map, job->offset, job->size);
     case APM_JOB_OPEN:

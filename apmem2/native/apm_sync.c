@@ -120,37 +120,6 @@ int apm_sync_zero(int fd, uint64_t from, uint64_t to, const uint32_t *abandoned)
 
 /* ---- one copy or fill ----------------------------------------------------------------------------------------------- */
 
-/* Does the source lie in a mapping of the file that is written to, over the same bytes? A plain pwrite copies wrongly
- * then. The kernel's table is asked, because the mapping may be anybody's. Returns 1 with *from_offset, 0 or negative. */
-static int overlaps_source(const struct apm_record *record, uint64_t *from_offset, bool *scattered) {
-    const struct apm_job *job = &record->job;
-    const struct apm_file *file = job->map->file;
-    uint64_t at = job->data, end = job->data + job->size, to = job->map->offset + job->offset;
-    int answer = 0;
-    *scattered = false;
-    if (job->flags & APM_F_SOURCE_OWNED)
-        return 0;
-    while (at < end) {
-        struct apm_vma vma;
-        int result = apm_vma_at(at, &vma);
-        if (result == APM_E_NOT_MAPPED)
-            return -EFAULT;
-        if (result < 0)
-            return result;
-        uint64_t stop = end < vma.end ? end : vma.end;
-        if (vma.inode == file->vma_inode && vma.device == file->vma_device) {
-            uint64_t source = vma.offset + (at - vma.start);
-            if (source < to + job->size && to < source + (stop - at)) {
-                *from_offset = source;
-                answer = 1;
-            }
-        }
-        *scattered = *scattered || stop < end;
-        at = stop;
-    }
-    return answer;
-}
-
 /* By way of a buffer of our own, in pieces, from the end that is overwritten last; all at once when the source lies in
  * several mappings, which have no one direction. */
 static int write_bounced(const struct apm_record *record, uint64_t from_offset, bool scattered, bool durable, bool *wrote) {
@@ -197,7 +166,8 @@ static int write_one(const struct apm_record *record, bool durable, bool *wrote)
         }
         return result;
     }
-    result = overlaps_source(record, &from_offset, &scattered);
+    if (!(job->flags & APM_F_SOURCE_OWNED))
+        result = apm_vma_overlaps(file, job->data, job->size, to, &from_offset, &scattered);
     if (result < 0)
         return result;
     if (result == 1)
@@ -217,15 +187,21 @@ static bool refused_before_the_cache(int code) {
 }
 
 /* Through the mapping, where write() and the mapping are not known to agree: may fault here, on a thread of the pool. */
-static void store_one(const struct apm_record *record) {
+static int store_one(const struct apm_record *record) {
     const struct apm_job *job = &record->job;
-    void *to = (void *)(uintptr_t)(job->map->address + job->offset);
+    void *to = (void *)(uintptr_t)(job->map->address + job->offset), *copy = NULL;
+    const void *source = NULL;
+    int result = job->kind == APM_JOB_FILL ? 0 : apm_map_source(job, &source, &copy);
+    if (result < 0)
+        return result;
     if (APM_UNLIKELY(__atomic_load_n(&apm_observing, __ATOMIC_RELAXED)))
         apm_observe_note(APM_CALL_STORE, job->map->file ? job->map->file->inode : 0, (uintptr_t)to, job->size);
     if (job->kind == APM_JOB_FILL)
         memset(to, (int)job->data, job->size);
     else
-        memmove(to, (const void *)(uintptr_t)job->data, job->size);
+        memmove(to, source, job->size);
+    free(copy);
+    return 0;
 }
 
 /* The file's size now, or all that there could be when it cannot be asked. */
@@ -246,10 +222,8 @@ static uint64_t end_in_file(const struct apm_record *record) {
 }
 
 int apm_sync_write_plain(const struct apm_record *record) {
-    if (!record->job.map->by_pwrite) {
-        store_one(record);
-        return 0;
-    }
+    if (!record->job.map->by_pwrite)
+        return store_one(record);
     uint64_t size;
     int result = size_of(record->job.map->file, &size);
     if (result == 0 && end_in_file(record) > size)
@@ -354,8 +328,8 @@ static void run_writes(struct apm_file_full *file, struct apm_record *jobs, stru
         bool wrote;
         next = i + 1;
         if (!record->job.map->by_pwrite) {
-            store_one(record);
-            record->needs_sync = true;
+            record->code = store_one(record);
+            record->needs_sync = record->code == 0;
             continue;
         }
         if (mergeable(record)) {

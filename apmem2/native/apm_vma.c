@@ -131,3 +131,25 @@ int apm_vma_is_synchronous(uint64_t address) {
     fclose(stream);
     return answer;
 }
+
+int apm_vma_overlaps(const struct apm_file *file, uint64_t data, uint64_t size, uint64_t to, uint64_t *from,
+                     bool *scattered) {
+    uint64_t at = data, end = data + size;
+    int answer = 0;
+    *scattered = false;
+    while (at < end) {
+        struct apm_vma vma;
+        int result = apm_vma_at(at, &vma);
+        if (result < 0)
+            return result == APM_E_NOT_MAPPED ? -EFAULT : result;
+        uint64_t stop = end < vma.end ? end : vma.end, source = vma.offset + (at - vma.start);
+        if (vma.inode == file->vma_inode && vma.device == file->vma_device && source < to + size &&
+            to < source + (stop - at)) {
+            *from = source;
+            answer = 1;
+        }
+        *scattered = *scattered || stop < end;
+        at = stop;
+    }
+    return answer;
+}
