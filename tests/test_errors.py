@@ -117,6 +117,7 @@ def test_every_error_can_be_pickled_and_copied(kind: type[apmem2.PmemError], how
     assert (str(again), again.code, again.hint, again.args) == (str(error), error.code, error.hint, error.args)
     assert again.__notes__ == ["by the way"]
     if isinstance(error, OSError):
+        assert isinstance(again, OSError)
         assert (again.errno, again.filename) == (errno.EDQUOT, "/a/b")
 
 

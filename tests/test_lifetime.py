@@ -21,7 +21,8 @@ import pytest
 import uvloop
 
 import apmem2
-from apmem2.core import runtime
+from apmem2.core import mapping, runtime
+from apmem2.native import lib
 
 PAGE = mmap.PAGESIZE
 SIZE = 16 * PAGE
@@ -286,6 +287,32 @@ async def test_closing_waits_for_the_jobs_of_other_loops(directory: Path, faults
     await until(lambda: not mapped(m.address))
 
 
+@pytest.mark.asyncio
+async def test_the_core_itself_keeps_the_memory_that_a_job_uses(directory: Path, faults: Any) -> None:
+    """Beside what the operation holds in Python, the job pins its map; here nothing else is left of the map."""
+
+    def error(code: int) -> apmem2.PmemError:
+        return apmem2.PmemError("refused", code=code)
+
+    m = await apmem2.open(directory / "a", size=SIZE)
+    address = m.address
+    bridge = runtime.bridge()
+    job = runtime.Operation(bridge, lib.APM_JOB_PERSIST, error, None)
+    job.map, job.size = m.handle, PAGE
+    faults.hold("msync")
+    bridge.start(job)
+    await faults.held()
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        del m
+        gc.collect()
+    other = await apmem2.open(directory / "b", size=SIZE)
+    await other.aclose()  # unmappings happen one after the other: this one would be the second
+    assert mapped(address)
+    faults.release()
+    await job
+    await until(lambda: not mapped(address))
+
+
 # ---- maps that nobody closed -----------------------------------------------------------------------------------------
 
 
@@ -297,6 +324,7 @@ async def test_a_forgotten_map_warns_and_is_unregistered_and_unmapped(directory:
         del m
         gc.collect()
     assert apmem2.mappings() == []
+    assert len(mapping._registry._table) == 0
     assert apmem2.find(address, 1) is None
     await until(lambda: not mapped(address))
     async with apmem2.open(directory / "a") as again:

@@ -589,7 +589,11 @@ def test_nothing_is_called_in_a_loop_that_was_closed_with_work_in_flight(
         faults.hold("msync")
         await m.flush(0, 1)
         await faults.held()
+        waiting.append(asyncio.ensure_future(m.persist(0, 1)))
+        for _ in range(5):
+            await asyncio.sleep(0)
 
+    waiting: list[Any] = []
     loop.run_until_complete(start())
     loop.close()
     (bridge,) = bridges
@@ -608,6 +612,7 @@ def test_nothing_is_called_in_a_loop_that_was_closed_with_work_in_flight(
 
     asyncio.run(later())
     assert called == []
+    assert not waiting[0].done()
 
 
 class _Watched:

@@ -830,7 +830,5 @@ async def _still_there(existing: Map) -> bool:
     def fail(code: int) -> PmemError:
         return error_of(code, "looking at the kernel's table of mappings")
 
-    await runtime.control(
-        lib.APM_JOB_CHECK, request, fail, keep=existing, handle=existing.handle, to_the_end=True
-    )
+    await runtime.control(lib.APM_JOB_CHECK, request, fail, keep=existing, handle=existing.handle, to_the_end=True)
     return bool(request.still_there)

@@ -84,40 +84,71 @@ class FairLock:
         self._mutex = threading.Lock()  # guards the two below; held for moments, never across an await
         self._held = False
         self._queue: deque[Waiter] = deque()
+        # Who was closed instead of cancelled (None: the holder). A collection closes coroutines at any moment, also
+        # while this very thread has the mutex: that only leaves a note here, read as soon as the mutex is free.
+        self._collected: deque[Waiter | None] = deque()
 
     async def __aenter__(self) -> None:
+        waiter: Waiter | None = None
         with self._mutex:
-            if not self._held:
-                self._held = True
-                return
-            waiter = Waiter()
-            self._queue.append(waiter)
+            if self._held:
+                waiter = Waiter()
+                self._queue.append(waiter)
+            self._held = True
+        self._read_notes()
+        if waiter is None:
+            return
         try:
             await waiter.wait()
+        except GeneratorExit:
+            self._collected.append(waiter)
+            self._read_notes()
+            raise
         except BaseException:
-            with self._mutex:
-                granted = waiter not in self._queue
-                if not granted:
-                    self._queue.remove(waiter)
-            if granted:
-                self._pass_on()
+            self._give_up(waiter)
             raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pass_on()
+        if kind is GeneratorExit:
+            self._collected.append(None)
+            self._read_notes()
+        else:
+            self._pass_on()
+
+    def _read_notes(self) -> None:
+        while self._collected and self._mutex.acquire(blocking=False):
+            self._mutex.release()  # free, so this thread is not in the middle of anything
+            try:
+                waiter = self._collected.popleft()
+            except IndexError:
+                return
+            if waiter is None:
+                self._pass_on()
+            else:
+                self._give_up(waiter)
+
+    def _give_up(self, waiter: Waiter) -> None:
+        """It will not come: out of the queue, or, when it has been given its turn already, that goes on."""
+        with self._mutex:
+            granted = waiter not in self._queue
+            if not granted:
+                self._queue.remove(waiter)
+        if granted:
+            self._pass_on()
+        self._read_notes()
 
     def _pass_on(self) -> None:
         """The turn goes to whoever waits longest and is still there; it stays held all the while."""
-        while True:
+        waiter: Waiter | None = None
+        while waiter is None or not waiter.wake():
             with self._mutex:
                 if not self._queue:
                     self._held = False
-                    return
+                    break
                 waiter = self._queue.popleft()
-            if waiter.wake():
-                return
+        self._read_notes()
 
 
 class Registry(Generic[T]):

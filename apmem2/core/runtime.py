@@ -415,8 +415,9 @@ async def control(
 ) -> None:
     """Run one control job of the core on `request` in the pool.
 
-    handle: the map that it is about, pinned meanwhile. undo: run when it succeeded and its waiter was cancelled. to_the_end: a cancellation is raised only after the job
-    has ended (for jobs that are short and hold something of the caller's).
+    handle: the map that it is about, pinned meanwhile. undo: run when it succeeded and its waiter was cancelled.
+    to_the_end: a cancellation is raised only after the job has ended (for jobs that are short and hold something of the
+    caller's).
     """
     operation = Operation(bridge(), kind, error, (request, keep))
     operation.map = handle

@@ -561,11 +561,38 @@ int apm_file_open(struct apm_open_request *request) {
     return result;
 }
 
+/* The kernel's table shows a file by two numbers, which on btrfs are the same for equal inode numbers in two subvolumes.
+ * There the mapping's own link is looked at, or, where that is not allowed, its name. */
+bool apm_file_is_mapped(const struct apm_file *file, const struct apm_vma *vma) {
+    static const uint64_t btrfs = 0x9123683E;
+    if (file->vma_device != vma->device || file->vma_inode != vma->inode)
+        return false;
+    if ((uint32_t)file->file_system != btrfs || file->fd < 0)
+        return true;
+    char path[96], name[sizeof vma->name];
+    struct stat about;
+    int handle;
+    snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", (unsigned long long)vma->start,
+             (unsigned long long)vma->end);
+    APM_OUTSIDE(handle, APM_CALL_OPEN, vma->inode, 0, 0, open(path, O_PATH | O_CLOEXEC));
+    if (handle >= 0) {
+        bool same = fstat(handle, &about) == 0 && about.st_dev == file->device && about.st_ino == file->inode;
+        close(handle);
+        return same;
+    }
+    snprintf(path, sizeof path, "/proc/self/fd/%d", apm_file_fd(file));
+    ssize_t length = readlink(path, name, sizeof name - 1);
+    if (length < 0)
+        return false;
+    name[length] = 0;
+    return strcmp(name, vma->name) == 0;
+}
+
 /* Is the file behind this handle the one that the kernel shows for vma? */
 static int try_file(int handle, const struct stat *about, const struct apm_vma *vma, struct apm_file **out,
                     int32_t *cause) {
     int result = obtain(handle, about, false, -1, -1, NULL, out, cause);
-    if (result == 0 && ((*out)->vma_device != vma->device || (*out)->vma_inode != vma->inode)) {
+    if (result == 0 && !apm_file_is_mapped(*out, vma)) {
         apm_file_release(*out);
         *out = NULL;
         return -ENOENT;

@@ -132,6 +132,8 @@ void apm_file_hold_for_map(struct apm_file *file);
 void apm_file_drop_for_map(struct apm_file *file);
 /* Finds the file behind a mapping of this process. 0 with *out possibly without descriptor, or negative. */
 int apm_file_of_vma(const struct apm_vma *vma, struct apm_file **out, int32_t *cause);
+/* Is this file what the kernel shows for vma? */
+bool apm_file_is_mapped(const struct apm_file *file, const struct apm_vma *vma);
 void apm_file_fail(struct apm_file *file, int code); /* the first failure stays (law 4) */
 static inline int apm_file_failure(const struct apm_file *file) {
     return __atomic_load_n(&file->failed, __ATOMIC_ACQUIRE);

@@ -167,9 +167,9 @@ int apm_map_run(struct apm_map_request *request) {
 
 /* Walks the kernel's table over [address, end): one file, shared, each mapping going on where the last ended, in memory
  * and in the file. */
-static int inspect(struct apm_adopt_request *request, struct apm_vma *first, bool *writable) {
+static int inspect(struct apm_adopt_request *request, struct apm_vma *first, uint32_t *protection) {
     uint64_t end = request->address + request->length, at = request->address;
-    *writable = true;
+    *protection = APM_PROT_READ | APM_PROT_WRITE;
     while (at < end) {
         struct apm_vma vma;
         request->bad_address = at;
@@ -180,11 +180,11 @@ static int inspect(struct apm_adopt_request *request, struct apm_vma *first, boo
             return APM_E_PRIVATE_MEMORY;
         if (at == request->address)
             *first = vma;
-        else if (vma.inode != first->inode || vma.device != first->device)
+        else if (vma.inode != first->inode || vma.device != first->device || strcmp(vma.name, first->name) != 0)
             return APM_E_OTHER_FILE;
         else if (vma.offset + (at - vma.start) != first->offset + (at - first->start))
             return APM_E_NOT_CONTIGUOUS;
-        *writable = *writable && vma.writable;
+        *protection &= (vma.readable ? APM_PROT_READ : 0u) | (vma.writable ? APM_PROT_WRITE : 0u);
         at = vma.end;
     }
     return 0;
@@ -222,7 +222,7 @@ static bool is_synchronous(const struct apm_file *file, uint64_t address, uint64
 
 int apm_adopt_run(struct apm_adopt_request *request) {
     struct apm_vma vma;
-    bool writable;
+    uint32_t protection;
     request->map = NULL;
     request->path[0] = 0;
     request->granularity = APM_PAGE;
@@ -230,13 +230,13 @@ int apm_adopt_run(struct apm_adopt_request *request) {
         return APM_E_LENGTH_OUT_OF_RANGE;
     if (request->address == 0)
         return APM_E_ADDRESS_NULL;
-    int result = inspect(request, &vma, &writable);
+    int result = inspect(request, &vma, &protection);
     if (result < 0)
         return result;
     strcpy(request->path, vma.name);
     struct apm_file *file = request->file;
     if (file) {
-        if (file->vma_device != vma.device || file->vma_inode != vma.inode)
+        if (!apm_file_is_mapped(file, &vma))
             return APM_E_OTHER_FILE;
         request->cause = apm_file_failure(file);
         if (request->cause)
@@ -273,7 +273,7 @@ int apm_adopt_run(struct apm_adopt_request *request) {
                                 .offset = vma.offset + (request->address - vma.start), .file = file,
                                 .granularity = granularity, .durability = durability_of(file, APM_SHARED, forced),
                                 .sharing = APM_SHARED, .adopted = 1, .forced = forced, .map_sync = map_sync,
-                                .protection = APM_PROT_READ | (writable ? APM_PROT_WRITE : 0u)};
+                                .protection = protection};
     decide_copy_path(&map->pub);
     request->map = &map->pub;
     return 0;
@@ -289,7 +289,7 @@ int apm_check_run(const struct apm_map *map, struct apm_check_request *request) 
             return 0;
         if (result < 0)
             return result;
-        if (!vma.shared || vma.device != map->file->vma_device || vma.inode != map->file->vma_inode ||
+        if (!vma.shared || !apm_file_is_mapped(map->file, &vma) ||
             vma.offset + (at - vma.start) != map->offset + (at - map->address))
             return 0;
         at = vma.end;

@@ -17,7 +17,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { RUN_PIECES = 512, PATTERN = 32 * 1024, BOUNCE = 1 << 20 };
+enum { RUN_PIECES = 1024, PATTERN = 32 * 1024, BOUNCE = 1 << 20 };
 static const char zeros[64 * 1024];
 
 /* Was a trick refused because this kernel, file system or sandbox does not have it? (law 16) */
@@ -204,16 +204,27 @@ static int store_one(const struct apm_record *record) {
     return 0;
 }
 
-/* The file's size now, or all that there could be when it cannot be asked. */
+/* The file's size now, or all that there could be when it cannot be asked. By statx, of the size alone: fstat asks for the
+ * times as well, and on kernels with multigrain timestamps (6.13 and later) a write after somebody looked at them gives the
+ * inode a new one, so that each sync would write the inode too (measured: 8 KiB instead of 4 for a page, and twice the
+ * time). */
 static int size_of(const struct apm_file *file, uint64_t *size) {
-    struct stat about;
-    int result = 0;
+    struct statx about;
+    struct stat plain;
+    int result = 0, fd = apm_file_fd(file);
     *size = UINT64_MAX;
-    if (file->fd >= 0) {
-        APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(apm_file_fd(file), &about));
-        if (result == 0)
-            *size = (uint64_t)about.st_size;
+    if (fd < 0)
+        return 0;
+    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, statx(fd, "", AT_EMPTY_PATH, STATX_SIZE, &about));
+    if (result == 0) {
+        *size = about.stx_size;
+        return 0;
     }
+    if (!unsupported(errno))
+        return -errno;
+    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(fd, &plain));
+    if (result == 0)
+        *size = (uint64_t)plain.st_size;
     return result < 0 ? -errno : 0;
 }
 

@@ -323,6 +323,8 @@ async def test_the_source_of_a_large_memcpy_lives_until_the_job_has_ended(direct
             data.append(1)
         await cancelled(task)
         del task, data
+        for _ in range(3):
+            await asyncio.sleep(0)  # the loop lets go of the task, and the task of its frames
         gc.collect()
         assert alive() is not None
         faults.release()

@@ -24,10 +24,10 @@ ROOF = {"asgi", "cli", "replication", "testing", "__main__", "__init__"}
 
 LINES_MAX = 450
 LONGER = {
-    "native/apm_pool.c": 850,  # one state machine under one lock
-    "native/apm_file.c": 650,  # one table under one lock
+    "native/apm_pool.c": 950,  # one state machine under one lock
+    "native/apm_file.c": 750,  # one table under one lock
     "native/apm_sync.c": 550,  # the only file with sync and write calls
-    "core/mapping.py": 850,  # Map, and how one comes to be
+    "core/mapping.py": 900,  # Map, and how one comes to be
     "core/runtime.py": 550,  # the only file that knows the loop
 }
 
