@@ -229,7 +229,9 @@ async def main():
     await held()
     task.cancel()
 
-threading.Timer(0.2, release).start()  # a thread that the interpreter waits for comes before its exit functions
+timer = threading.Timer(0.2, release)
+timer.daemon = True  # not waited for by the interpreter: it opens the gate while our exit function waits
+timer.start()
 asyncio.run(main())
 """
     ended_well(run(directory, text))
@@ -422,6 +424,7 @@ async def main():
     before = apmem2.statistics()
 
     def child():
+        assert lib.apm_is_forked() == 1
         asked = []
 
         def plainly(name, call):
@@ -556,6 +559,7 @@ apmem2.statistics()
 apmem2.configure(threads=4)
 
 def child():
+    assert lib.apm_is_forked() == 0
     async def main():
         async with apmem2.open("a", size=1 << 16) as m:
             await m.memcpy(0, b"child")
@@ -645,7 +649,8 @@ async def main():
     fds = lambda: set(os.listdir("/proc/self/fd"))
     async with apmem2.open("a", size=1 << 16) as m:
         await m.persist()
-        code = "import os; print(*sorted(os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if int(fd) > 2 and os.path.exists(f'/proc/self/fd/{fd}')))"
+        code = "import os; fds = '/proc/self/fd/'; print(*(os.readlink(fds + fd) for fd in os.listdir(fds) "
+        code += "if int(fd) > 2 and os.path.lexists(fds + fd)))"
         for close in (True, False):
             child = subprocess.run([sys.executable, "-c", code], close_fds=close, capture_output=True, text=True)
             assert child.returncode == 0 and "apm" not in child.stdout, child
@@ -654,7 +659,8 @@ async def main():
             sys.executable, "-c", code, close_fds=False, stdout=subprocess.PIPE)
         out, _ = await process.communicate()
         assert process.returncode == 0 and b"eventfd" not in out and b"/a" not in out.split(b"/proc")[0], out
-        own = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+        own = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+               if os.path.lexists(f"/proc/self/fd/{fd}")]
         assert any("eventfd" in name for name in own)  # there was something to inherit
         assert apmem2.statistics().in_flight == 0
         await m.persist()

@@ -302,7 +302,7 @@ async def test_the_core_itself_keeps_the_memory_that_a_job_uses(directory: Path,
     faults.hold("msync")
     bridge.start(job)
     await faults.held()
-    with pytest.warns(ResourceWarning, match="was not closed"):
+    with pytest.warns(ResourceWarning, match="was not closed"):  # noqa: PT031
         del m
         gc.collect()
     other = await apmem2.open(directory / "b", size=SIZE)
@@ -320,7 +320,7 @@ async def test_the_core_itself_keeps_the_memory_that_a_job_uses(directory: Path,
 async def test_a_forgotten_map_warns_and_is_unregistered_and_unmapped(directory: Path) -> None:
     m = await apmem2.open(directory / "a", size=SIZE)
     address = m.address
-    with pytest.warns(ResourceWarning, match="was not closed"):
+    with pytest.warns(ResourceWarning, match="was not closed"):  # noqa: PT031
         del m
         gc.collect()
     assert apmem2.mappings() == []
@@ -336,7 +336,7 @@ async def test_a_forgotten_map_with_a_view_stays_mapped_for_the_view(directory: 
     m = await apmem2.open(directory / "a", size=SIZE)
     m[5] = 55
     address, part = m.address, m[5:6]
-    with pytest.warns(ResourceWarning, match="was not closed"):
+    with pytest.warns(ResourceWarning, match="was not closed"):  # noqa: PT031
         del m
         gc.collect()
     assert part[0] == 55
@@ -351,7 +351,7 @@ async def test_a_forgotten_map_in_a_circle_is_found_by_the_collector(directory: 
     address = m.address
     circle: list[Any] = [m]
     circle.append(circle)
-    with pytest.warns(ResourceWarning, match="was not closed"):
+    with pytest.warns(ResourceWarning, match="was not closed"):  # noqa: PT031
         del m, circle
         gc.collect()
     await until(lambda: not mapped(address))
@@ -374,7 +374,7 @@ async def test_a_forgotten_adoption_gives_the_buffer_back_and_unmaps_nothing(dir
     address = m.address
     with pytest.raises(BufferError):
         memory.close()
-    with pytest.warns(ResourceWarning, match="was not closed"):
+    with pytest.warns(ResourceWarning, match="was not closed"):  # noqa: PT031
         del m
         gc.collect()
     assert mapped(address)
@@ -447,7 +447,7 @@ async def test_memory_of_a_map_that_is_closing_can_be_asked_for_without_stopping
 
 
 def test_inline_work_beside_a_close_in_another_thread_never_touches_unmapped_memory(run_program: Any) -> None:
-    """The C call runs without the GIL; in the meantime another thread closes the map and the pool unmaps what it may."""
+    """The C call runs without the GIL; meanwhile another thread closes the map and the pool unmaps what it may."""
     run_program(
         PRELUDE
         + """

@@ -391,6 +391,8 @@ class Map:
         Raises `OutOfRangeError`, `PersistError` (errno ENXIO) when the file ends before the range does.
         """
         start, length = self._range(offset, size, "populate")
+        if self._view is None:
+            raise AccessError(f"{self._name()} was made without Protection.READ", hint="Ask for Protection.READ.")
         if length:
             await self._strategy.populate(self, start, length)
 

@@ -11,6 +11,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+/* Does a trick not exist here, in this kernel, file system or sandbox? (law 16) */
+static bool refused(int result) {
+    return result == -EOPNOTSUPP || result == -ENOSYS || result == -EINVAL || result == -EPERM;
+}
+
 static int allocate(int fd, uint64_t from, const struct apm_open_request *request) {
     int result;
     uint64_t to = request->size;
@@ -24,7 +29,7 @@ static int allocate(int fd, uint64_t from, const struct apm_open_request *reques
      * written over, so whoever opens a file that is growing loses nothing. */
     APM_OUTSIDE(result, APM_CALL_FALLOCATE, fd, from, to - from,
                 fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from)));
-    if (result < 0 && errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL && errno != EPERM)
+    if (result < 0 && !refused(-errno))
         return -errno;
     /* Where fallocate is unknown, the writing itself allocates (law 16). */
     return apm_sync_zero(fd, from, to, &request->abandoned);
@@ -66,9 +71,28 @@ static int link_unnamed(int fd, int directory, const char *name) {
     return result < 0 ? -errno : 0;
 }
 
+/* A visible file: its link count belongs to it (ext4 without a journal wrote 0 links with the sync before; seen), and its
+ * name to the directory. What cannot be made to last is taken back. */
+static int settle_name(int fd, int directory, const char *name) {
+    int result = apm_sync_file(fd);
+    if (result == 0)
+        result = apm_sync_directory(directory);
+    if (result < 0)
+        (void)unlink_name(directory, name);
+    return result;
+}
+
+/* Whole and durable, under no name or a temporary one. */
+static int fill(int fd, const struct apm_open_request *request) {
+    int result = allocate(fd, 0, request);
+    if (result == 0)
+        result = apm_sync_file(fd);
+    return result == 0 ? still_wanted(request) : result;
+}
+
 /* The plain way: a temporary name, linked to the final one. link() and not rename(): it never replaces a file that
  * somebody else made in the meantime. */
-static int create_named(int directory, const char *name, const struct apm_open_request *request, int *out) {
+static int create_named(int directory, const char *name, const struct apm_open_request *request) {
     static uint32_t counter;
     char temporary[64];
     snprintf(temporary, sizeof temporary, ".apmem2-%ld-%u.tmp", (long)getpid(),
@@ -79,73 +103,43 @@ static int create_named(int directory, const char *name, const struct apm_open_r
                        (mode_t)request->mode));
     if (fd < 0)
         return -errno;
-    int result = allocate(fd, 0, request);
-    if (result == 0)
-        result = apm_sync_file(fd);
-    if (result == 0)
-        result = still_wanted(request);
+    bool renamed = false;
+    int result = fill(fd, request);
     if (result == 0) {
         APM_OUTSIDE(result, APM_CALL_LINK, fd, 0, 0, linkat(directory, temporary, directory, name, 0));
         if (result < 0)
             result = -errno;
-        if (result == -EPERM || result == -EOPNOTSUPP || result == -ENOSYS) { /* no hard links on this file system */
+        if (refused(result)) { /* no hard links on this file system */
             APM_OUTSIDE(result, APM_CALL_LINK, fd, 0, 0,
                         renameat2(directory, temporary, directory, name, RENAME_NOREPLACE));
-            if (result == 0)
-                temporary[0] = 0;
-            else
-                result = -errno;
+            result = result < 0 ? -errno : 0;
+            renamed = result == 0;
         }
     }
-    if (temporary[0])
+    if (!renamed)
         (void)unlink_name(directory, temporary);
-    if (result == 0) {
-        result = apm_sync_file(fd);
-        if (result < 0)
-            (void)unlink_name(directory, name);
-    }
-    if (result < 0) {
-        close(fd);
-        return result;
-    }
-    *out = fd;
-    return 0;
+    if (result == 0)
+        result = settle_name(fd, directory, name);
+    close(fd);
+    return result;
 }
 
-int apm_create_file(int directory, const char *name, const struct apm_open_request *request, int *out) {
-    int fd = open_unnamed(directory, request->mode), result;
-    if (fd >= 0) {
-        result = allocate(fd, 0, request);
-        if (result == 0)
-            result = apm_sync_file(fd);
-        if (result == 0)
-            result = still_wanted(request);
-        if (result == 0)
-            result = link_unnamed(fd, directory, name);
-        if (result == 0) { /* and its link count: ext4 without a journal wrote 0 links with the sync before (seen) */
-            result = apm_sync_file(fd);
-            if (result < 0)
-                (void)unlink_name(directory, name);
-        }
-        if (result == 0) {
-            *out = fd;
-        } else {
-            close(fd);
-            if (result == -ENOENT) /* no /proc to link through */
-                result = create_named(directory, name, request, out);
-        }
-    } else if (fd == -EOPNOTSUPP || fd == -EISDIR || fd == -ENOSYS || fd == -EINVAL || fd == -EPERM ||
-               fd == -ENOENT) {
-        result = create_named(directory, name, request, out); /* kernels and file systems without O_TMPFILE */
-    } else {
+int apm_create_file(int directory, const char *name, const struct apm_open_request *request) {
+    int fd = open_unnamed(directory, request->mode);
+    if (refused(fd) || fd == -EISDIR || fd == -ENOENT)
+        return create_named(directory, name, request); /* kernels and file systems without O_TMPFILE */
+    if (fd < 0)
         return fd;
+    int result = fill(fd, request);
+    bool linked = false;
+    if (result == 0) {
+        result = link_unnamed(fd, directory, name);
+        linked = result == 0;
     }
-    if (result < 0)
-        return result;
-    result = apm_sync_directory(directory);
-    if (result < 0) { /* the name may not last: take it back, the caller is told that nothing was made */
-        (void)unlink_name(directory, name);
-        close(*out);
-    }
+    if (linked)
+        result = settle_name(fd, directory, name);
+    close(fd);
+    if (!linked && (result == -ENOENT || refused(result))) /* no /proc to link through, or not allowed to */
+        return create_named(directory, name, request);
     return result;
 }

@@ -240,13 +240,11 @@ static void fill_in(struct apm_file_full *file, const struct stat *about, int fd
     probe_identity(&file->pub, about);
 }
 
-/* The file behind handle, with one reference for the caller. first_fd: an O_RDWR description that is ours already (a
- * file just made), or -1. */
-static int obtain(int handle, const struct stat *about, bool must_write, int first_fd, int directory,
-                  const char *name, struct apm_file **out, int32_t *cause) {
-    bool writable = first_fd >= 0, is_dup = false, failed_before = false;
+/* The file behind handle, with one reference for the caller. */
+static int obtain(int handle, const struct stat *about, bool must_write, int directory, const char *name,
+                  struct apm_file **out, int32_t *cause) {
+    bool writable = false, is_dup = false, failed_before = false;
     uint64_t serial_before = 0;
-    int fd = first_fd;
     pthread_mutex_lock(&files_lock);
     struct apm_file_full *file = find(about->st_dev, about->st_ino);
     if (file)
@@ -254,7 +252,6 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
     int failure = file ? apm_file_failure(&file->pub) : 0;
     if (failure && file->maps > 0) {
         pthread_mutex_unlock(&files_lock);
-        discard(first_fd, about->st_ino);
         *cause = failure;
         return APM_E_FILE_FAILED;
     }
@@ -265,7 +262,6 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
         file->retained = false;
         bool enough = file->pub.writable || !must_write;
         pthread_mutex_unlock(&files_lock);
-        discard(first_fd, about->st_ino);
         if (!enough) {
             apm_file_release(&file->pub);
             return -EACCES;
@@ -275,17 +271,17 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
     }
     pthread_mutex_unlock(&files_lock);
 
-    if (fd < 0) {
-        fd = reopen(handle, about, must_write, directory, name, &writable);
-        if (fd < 0 && !must_write && !(fcntl(handle, F_GETFL) & O_PATH)) {
-            /* better a shared memory of errors than none; durability is UNKNOWN then */
-            fd = fcntl(handle, F_DUPFD_CLOEXEC, 0);
-            is_dup = true;
-            writable = fd >= 0 && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
-        }
+    int fd = reopen(handle, about, must_write, directory, name, &writable);
+    if (fd < 0 && !must_write && !(fcntl(handle, F_GETFL) & O_PATH)) {
+        /* better a shared memory of errors than none; durability is UNKNOWN then */
+        fd = fcntl(handle, F_DUPFD_CLOEXEC, 0);
         if (fd < 0)
-            return fd == -1 ? -errno : fd;
+            return -errno;
+        is_dup = true;
+        writable = (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
     }
+    if (fd < 0)
+        return fd;
     if (failed_before) {
         int result = purge(fd);
         if (result < 0) {
@@ -309,7 +305,6 @@ static int obtain(int handle, const struct stat *about, bool must_write, int fir
         struct apm_file_full **bucket = bucket_of(about->st_dev, about->st_ino);
         fresh->references = 1;
         fresh->pub.serial = ++serials;
-        fresh->synced = first_fd >= 0; /* just made, and synced in the making */
         fresh->next = *bucket;
         *bucket = fresh;
         file = fresh;
@@ -374,7 +369,7 @@ static int by_descriptor(struct apm_open_request *request) {
         return APM_E_INVALID_FILE_TYPE;
     request->access = APM_PROT_READ | ((flags & O_ACCMODE) == O_RDWR ? APM_PROT_WRITE : 0u);
     request->file_size = (uint64_t)about.st_size;
-    return obtain(request->fd, &about, false, -1, -1, NULL, &request->file, &request->cause);
+    return obtain(request->fd, &about, false, -1, NULL, &request->file, &request->cause);
 }
 
 /* One change of size at a time, in this process by a mark, among processes by a lock on a byte that nobody maps. The lock
@@ -469,58 +464,58 @@ static int sync_name(struct apm_file *pub, int directory) {
     return apm_sync_directory(directory);
 }
 
+/* What may be opened by path: a regular file of this user, unless others are asked for. */
+static int acceptable(const struct apm_open_request *request, const struct stat *about) {
+    if (S_ISLNK(about->st_mode))
+        return -ELOOP;
+    if (S_ISDIR(about->st_mode))
+        return -EISDIR;
+    if (!S_ISREG(about->st_mode))
+        return APM_E_INVALID_FILE_TYPE;
+    bool own_only = !(request->flags & APM_OPEN_FOREIGN_OWNER);
+    return own_only && about->st_uid != geteuid() ? APM_E_FOREIGN_OWNER : 0;
+}
+
+static int open_existing(struct apm_open_request *request, int handle, int directory, const char *name) {
+    struct stat about;
+    int result;
+    APM_OUTSIDE(result, APM_CALL_FSTAT, handle, 0, 0, fstat(handle, &about));
+    result = result < 0 ? -errno : acceptable(request, &about);
+    if (result < 0)
+        return result;
+    bool must_write = !(request->flags & APM_OPEN_READ_ENOUGH);
+    result = obtain(handle, &about, must_write, directory, name, &request->file, &request->cause);
+    if (result < 0)
+        return result;
+    request->access = APM_PROT_READ | (request->file->writable ? APM_PROT_WRITE : 0u);
+    result = sync_name(request->file, directory);
+    if (result == 0)
+        result = match_size(request);
+    if (result < 0) {
+        apm_file_release(request->file);
+        request->file = NULL;
+    }
+    return result;
+}
+
+/* A new file is made whole and visible, and then opened like any other: the description that made it would be known to the
+ * kernel by no name for ever. */
 static int open_in(struct apm_open_request *request, int directory, const char *name) {
-    const bool own_only = !(request->flags & APM_OPEN_FOREIGN_OWNER);
-    const bool must_write = !(request->flags & APM_OPEN_READ_ENOUGH);
     for (int tries = 0; tries < CREATE_TRIES; tries++) {
-        struct stat about;
         int handle, result;
         APM_OUTSIDE(handle, APM_CALL_OPEN, directory, 0, 0,
                     openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC));
-        int first_fd = -1;
-        if (handle < 0) {
-            if (errno != ENOENT || !(request->flags & APM_OPEN_CREATE) || request->size == 0)
-                return -errno;
-            result = apm_create_file(directory, name, request, &first_fd);
-            if (result == -EEXIST)
-                continue; /* somebody was faster: theirs it is */
-            if (result < 0)
-                return result;
-        }
-        APM_OUTSIDE(result, APM_CALL_FSTAT, handle < 0 ? first_fd : handle, 0, 0,
-                    fstat(handle < 0 ? first_fd : handle, &about));
-        if (result < 0)
-            result = -errno;
-        else if (S_ISLNK(about.st_mode))
-            result = -ELOOP;
-        else if (S_ISDIR(about.st_mode))
-            result = -EISDIR;
-        else if (!S_ISREG(about.st_mode))
-            result = APM_E_INVALID_FILE_TYPE;
-        else if (own_only && about.st_uid != geteuid())
-            result = APM_E_FOREIGN_OWNER;
-        if (result < 0) {
-            if (first_fd >= 0)
-                close_fd(first_fd);
-            if (handle >= 0)
-                close(handle);
+        if (handle >= 0) {
+            result = open_existing(request, handle, directory, name);
+            close(handle);
             return result;
         }
-        request->created = first_fd >= 0;
-        result = obtain(handle, &about, must_write, first_fd, directory, name, &request->file, &request->cause);
-        if (handle >= 0)
-            close(handle);
-        if (result == 0) {
-            request->access = APM_PROT_READ | (request->file->writable ? APM_PROT_WRITE : 0u);
-            result = request->created ? 0 : sync_name(request->file, directory);
-            if (result == 0)
-                result = match_size(request);
-            if (result < 0) {
-                apm_file_release(request->file);
-                request->file = NULL;
-            }
-        }
-        return result;
+        if (errno != ENOENT || !(request->flags & APM_OPEN_CREATE) || request->size == 0)
+            return -errno;
+        result = apm_create_file(directory, name, request);
+        if (result < 0 && result != -EEXIST) /* else somebody was faster: theirs it is */
+            return result;
+        request->created = result == 0;
     }
     return -EEXIST;
 }
@@ -591,7 +586,7 @@ bool apm_file_is_mapped(const struct apm_file *file, const struct apm_vma *vma) 
 /* Is the file behind this handle the one that the kernel shows for vma? */
 static int try_file(int handle, const struct stat *about, const struct apm_vma *vma, struct apm_file **out,
                     int32_t *cause) {
-    int result = obtain(handle, about, false, -1, -1, NULL, out, cause);
+    int result = obtain(handle, about, false, -1, NULL, out, cause);
     if (result == 0 && !apm_file_is_mapped(*out, vma)) {
         apm_file_release(*out);
         *out = NULL;

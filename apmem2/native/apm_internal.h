@@ -138,8 +138,8 @@ void apm_file_fail(struct apm_file *file, int code); /* the first failure stays 
 static inline int apm_file_failure(const struct apm_file *file) {
     return __atomic_load_n(&file->failed, __ATOMIC_ACQUIRE);
 }
-/* apm_create.c: a new file, or a longer one, durable with its name (law 15). *out = O_RDWR descriptor. */
-int apm_create_file(int directory, const char *name, const struct apm_open_request *request, int *out);
+/* apm_create.c: a new file, or a longer one, durable with its name (law 15). */
+int apm_create_file(int directory, const char *name, const struct apm_open_request *request);
 /* Grows it; the caller syncs. Its size follows what is written, so nothing that others see is written over. */
 int apm_extend_file(int fd, uint64_t from, const struct apm_open_request *request);
 void apm_cut_file(int fd, uint64_t size);

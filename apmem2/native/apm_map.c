@@ -330,8 +330,11 @@ int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size) 
                         posix_fadvise(apm_file_fd(map->file), (off_t)in_file, (off_t)piece, POSIX_FADV_WILLNEED));
         }
         APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_POPULATE_READ));
-        if (result < 0 && (errno == EINVAL || errno == ENOSYS || errno == EPERM)) /* before 5.14: only read ahead */
+        if (result < 0 && (errno == EINVAL || errno == ENOSYS || errno == EPERM || errno == EOPNOTSUPP)) {
+            /* before 5.14: only read ahead, which is advice, and no error when it is not taken */
             APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_WILLNEED));
+            result = 0;
+        }
         if (result < 0 && errno == EFAULT) { /* SIGBUS to whoever touches it: no such page, or the device cannot read it */
             if (map->file && inside_file(map->file, map->offset + offset, size) == APM_E_MAP_RANGE)
                 return APM_E_FILE_SHRANK;

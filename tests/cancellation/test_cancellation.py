@@ -489,7 +489,7 @@ async def test_a_creation_cancelled_in_the_middle_leaves_no_file(directory: Path
     del task
     await quiet()
     await until(lambda: descriptors(path) == 0)
-    assert list(directory.iterdir()) == []
+    assert list(directory.iterdir()) == []  # noqa: ASYNC240
     async with apmem2.open(path, size=SIZE) as m:
         await m.persist()
 
@@ -506,7 +506,7 @@ async def test_a_creation_under_a_temporary_name_cancelled_in_the_middle_leaves_
     faults.release()
     await quiet()
     await until(lambda: descriptors(path) == 0)
-    assert list(directory.iterdir()) == []
+    assert list(directory.iterdir()) == []  # noqa: ASYNC240
 
 
 async def test_a_growth_cancelled_in_the_middle_gives_the_old_size_back(directory: Path, faults: Any) -> None:
@@ -729,7 +729,7 @@ async def test_a_failing_task_of_a_group_cancels_the_persists_of_the_others(dire
             await faults.held()
             raise KeyError("the reason")
 
-        with pytest.raises(ExceptionGroup) as caught:
+        with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012
             async with asyncio.TaskGroup() as group:
                 for page in range(5):
                     group.create_task(m.persist(page * PAGE, 1))
