@@ -73,8 +73,10 @@ static int link_unnamed(int fd, int directory, const char *name) {
 
 /* A visible file: its link count belongs to it (ext4 without a journal wrote 0 links with the sync before; seen), and its
  * name to the directory. What cannot be made to last is taken back. */
-static int settle_name(int fd, int directory, const char *name) {
+static int settle_name(int fd, int directory, const char *name, uint64_t *inode) {
+    struct stat about;
     int result = apm_sync_file(fd);
+    *inode = fstat(fd, &about) == 0 ? about.st_ino : 0;
     if (result == 0)
         result = apm_sync_directory(directory);
     if (result < 0)
@@ -92,7 +94,7 @@ static int fill(int fd, const struct apm_open_request *request) {
 
 /* The plain way: a temporary name, linked to the final one. link() and not rename(): it never replaces a file that
  * somebody else made in the meantime. */
-static int create_named(int directory, const char *name, const struct apm_open_request *request) {
+static int create_named(int directory, const char *name, const struct apm_open_request *request, uint64_t *inode) {
     static uint32_t counter;
     char temporary[64];
     snprintf(temporary, sizeof temporary, ".apmem2-%ld-%u.tmp", (long)getpid(),
@@ -119,15 +121,15 @@ static int create_named(int directory, const char *name, const struct apm_open_r
     if (!renamed)
         (void)unlink_name(directory, temporary);
     if (result == 0)
-        result = settle_name(fd, directory, name);
+        result = settle_name(fd, directory, name, inode);
     close(fd);
     return result;
 }
 
-int apm_create_file(int directory, const char *name, const struct apm_open_request *request) {
+int apm_create_file(int directory, const char *name, const struct apm_open_request *request, uint64_t *inode) {
     int fd = open_unnamed(directory, request->mode);
     if (refused(fd) || fd == -EISDIR || fd == -ENOENT)
-        return create_named(directory, name, request); /* kernels and file systems without O_TMPFILE */
+        return create_named(directory, name, request, inode); /* kernels and file systems without O_TMPFILE */
     if (fd < 0)
         return fd;
     int result = fill(fd, request);
@@ -137,9 +139,9 @@ int apm_create_file(int directory, const char *name, const struct apm_open_reque
         linked = result == 0;
     }
     if (linked)
-        result = settle_name(fd, directory, name);
+        result = settle_name(fd, directory, name, inode);
     close(fd);
     if (!linked && (result == -ENOENT || refused(result))) /* no /proc to link through, or not allowed to */
-        return create_named(directory, name, request);
+        return create_named(directory, name, request, inode);
     return result;
 }

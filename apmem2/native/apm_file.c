@@ -444,6 +444,12 @@ static int match_size(struct apm_open_request *request) {
     return result;
 }
 
+static void mark_synced(struct apm_file *file) {
+    pthread_mutex_lock(&files_lock);
+    ((struct apm_file_full *)file)->synced = true;
+    pthread_mutex_unlock(&files_lock);
+}
+
 /* Who made the file may have died, or never asked, before it and its name were durable; the promises that are made under
  * it from now on must not hang on that (law 15). The file once, the name each time: it may be another one. */
 static int sync_name(struct apm_file *pub, int directory) {
@@ -457,9 +463,7 @@ static int sync_name(struct apm_file *pub, int directory) {
             apm_file_fail(pub, result);
             return result;
         }
-        pthread_mutex_lock(&files_lock);
-        file->synced = true;
-        pthread_mutex_unlock(&files_lock);
+        mark_synced(pub);
     }
     return apm_sync_directory(directory);
 }
@@ -476,7 +480,8 @@ static int acceptable(const struct apm_open_request *request, const struct stat 
     return own_only && about->st_uid != geteuid() ? APM_E_FOREIGN_OWNER : 0;
 }
 
-static int open_existing(struct apm_open_request *request, int handle, int directory, const char *name) {
+/* made: the inode of a file that was made just now and is durable with its name, or 0. */
+static int open_existing(struct apm_open_request *request, int handle, int directory, const char *name, uint64_t made) {
     struct stat about;
     int result;
     APM_OUTSIDE(result, APM_CALL_FSTAT, handle, 0, 0, fstat(handle, &about));
@@ -488,7 +493,10 @@ static int open_existing(struct apm_open_request *request, int handle, int direc
     if (result < 0)
         return result;
     request->access = APM_PROT_READ | (request->file->writable ? APM_PROT_WRITE : 0u);
-    result = sync_name(request->file, directory);
+    if (made && about.st_ino == made)
+        mark_synced(request->file);
+    else
+        result = sync_name(request->file, directory);
     if (result == 0)
         result = match_size(request);
     if (result < 0) {
@@ -501,18 +509,19 @@ static int open_existing(struct apm_open_request *request, int handle, int direc
 /* A new file is made whole and visible, and then opened like any other: the description that made it would be known to the
  * kernel by no name for ever. */
 static int open_in(struct apm_open_request *request, int directory, const char *name) {
+    uint64_t made = 0;
     for (int tries = 0; tries < CREATE_TRIES; tries++) {
         int handle, result;
         APM_OUTSIDE(handle, APM_CALL_OPEN, directory, 0, 0,
                     openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC));
         if (handle >= 0) {
-            result = open_existing(request, handle, directory, name);
+            result = open_existing(request, handle, directory, name, made);
             close(handle);
             return result;
         }
         if (errno != ENOENT || !(request->flags & APM_OPEN_CREATE) || request->size == 0)
             return -errno;
-        result = apm_create_file(directory, name, request);
+        result = apm_create_file(directory, name, request, &made);
         if (result < 0 && result != -EEXIST) /* else somebody was faster: theirs it is */
             return result;
         request->created = result == 0;

@@ -139,7 +139,7 @@ static inline int apm_file_failure(const struct apm_file *file) {
     return __atomic_load_n(&file->failed, __ATOMIC_ACQUIRE);
 }
 /* apm_create.c: a new file, or a longer one, durable with its name (law 15). */
-int apm_create_file(int directory, const char *name, const struct apm_open_request *request);
+int apm_create_file(int directory, const char *name, const struct apm_open_request *request, uint64_t *inode);
 /* Grows it; the caller syncs. Its size follows what is written, so nothing that others see is written over. */
 int apm_extend_file(int fd, uint64_t from, const struct apm_open_request *request);
 void apm_cut_file(int fd, uint64_t size);
