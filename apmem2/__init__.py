@@ -38,7 +38,8 @@ from apmem2.core.errors import (
     TrimmedError,
 )
 from apmem2.core.granularity import Durability, Granularity, MemFlags, Protection, Sharing
-from apmem2.core.mapping import Map, find, map_from_existing, map_new, mappings, open
+from apmem2.core.making import map_from_existing, map_new, open
+from apmem2.core.mapping import Map, find, mappings
 from apmem2.core.runtime import Statistics, statistics
 from apmem2.core.source import Source
 

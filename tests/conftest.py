@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import uvloop
@@ -104,9 +105,7 @@ class Recorder:
         lost = ffi.new("uint64_t *")
         count = lib.apm_observe_read(out, 0, self._capacity, lost)
         assert lost[0] == 0, "the recorder was too small"
-        return [
-            Event(e.begun, e.ended, e.call, e.result, e.object, e.offset, e.size, e.thread) for e in out[0:count]
-        ]
+        return [Event(e.begun, e.ended, e.call, e.result, e.object, e.offset, e.size, e.thread) for e in out[0:count]]
 
     def calls(self) -> list[str]:
         """Names of the calls in the order in which they began."""
@@ -116,7 +115,7 @@ class Recorder:
 class Event:
     """One call: see struct apm_event."""
 
-    NAMES = {
+    NAMES: ClassVar[dict[int, str]] = {
         getattr(lib, name): name.removeprefix("APM_CALL_").lower() for name in dir(lib) if name.startswith("APM_CALL_")
     }
 
@@ -151,7 +150,7 @@ class Faults:
     """Makes outside calls fail, and holds them."""
 
     def fail(self, name: str, errno: int, *, nth: int = 1, count: int = 1, short_bytes: int = 0) -> None:
-        """From the nth call of this kind on, count of them fail with errno (0 and short_bytes: write only that much)."""
+        """From the nth call of this kind on, count of them fail with errno (0, short_bytes: write that much)."""
         assert lib.apm_fault_set(call_number(name), nth, count, errno, short_bytes) == 0
 
     def clear(self) -> None:
@@ -172,7 +171,7 @@ class Faults:
 
     async def held(self, count: int = 1) -> None:
         """Wait until count calls stand at the gate."""
-        while lib.apm_observe_held() < count:
+        while lib.apm_observe_held() < count:  # noqa: ASYNC110 - a thread of the pool sets no event
             await asyncio.sleep(0)
 
 

@@ -324,7 +324,7 @@ async def test_a_forgotten_map_warns_and_is_unregistered_and_unmapped(directory:
         del m
         gc.collect()
     assert apmem2.mappings() == []
-    assert len(mapping._registry._table) == 0
+    assert len(mapping.registry._table) == 0
     assert apmem2.find(address, 1) is None
     await until(lambda: not mapped(address))
     async with apmem2.open(directory / "a") as again:

@@ -949,15 +949,15 @@ async def test_an_adoption_cancelled_at_any_wait_leaves_nothing(source: str, dir
 @pytest.mark.asyncio
 async def test_an_adoption_cancelled_while_it_waits_for_its_turn_leaves_nothing(directory: Path) -> None:
     """The lock is held by one whose check stands at a gate; the waiter's turn goes to the one behind it."""
-    from apmem2.core.mapping import _registry
+    from apmem2.core.mapping import registry
 
     mm = shared(directory / "a")
     second, third = shared(directory / "b"), shared(directory / "c")
-    async with _registry.lock:
+    async with registry.lock:
         cancelled = asyncio.ensure_future(_await(map_from_existing(second)))
-        await until(lambda: len(_registry.lock._queue) == 1)
+        await until(lambda: len(registry.lock._queue) == 1)
         behind = asyncio.ensure_future(_await(map_from_existing(third)))
-        await until(lambda: len(_registry.lock._queue) == 2)
+        await until(lambda: len(registry.lock._queue) == 2)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled

@@ -5,12 +5,9 @@
  * shared by all its maps, and one latch (law 4). The table is keyed by (device, inode). A file that failed stays in
  * it as a tombstone after its close: who opens it anew must first get rid of the page cache, which shows bytes that
  * the disk does not have (promise 3).
- *
- * Files are looked at through O_PATH descriptors: opening and closing one of those has no effect on devices and
- * pipes, and, unlike closing any other descriptor, does not drop the fcntl locks of the process. */
+ */
 #include "apm_internal.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
@@ -21,7 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { BUCKETS = 64, PURGE_TRIES = 3, CREATE_TRIES = 8 };
+enum { BUCKETS = 64, PURGE_TRIES = 3 };
 
 static pthread_mutex_t files_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct apm_file_full *buckets[BUCKETS]; /* files_lock */
@@ -241,7 +238,7 @@ static void fill_in(struct apm_file_full *file, const struct stat *about, int fd
 }
 
 /* The file behind handle, with one reference for the caller. */
-static int obtain(int handle, const struct stat *about, bool must_write, int directory, const char *name,
+int apm_file_obtain(int handle, const struct stat *about, bool must_write, int directory, const char *name,
                   struct apm_file **out, int32_t *cause) {
     bool writable = false, is_dup = false, failed_before = false;
     uint64_t serial_before = 0;
@@ -354,27 +351,12 @@ static int obtain(int handle, const struct stat *about, bool must_write, int dir
     return result;
 }
 
-static int by_descriptor(struct apm_open_request *request) {
-    struct stat about;
-    int flags = fcntl(request->fd, F_GETFL);
-    if (flags < 0)
-        return -errno;
-    if ((flags & O_ACCMODE) == O_WRONLY || (flags & O_PATH))
-        return APM_E_INVALID_FILE_HANDLE;
-    int result;
-    APM_OUTSIDE(result, APM_CALL_FSTAT, request->fd, 0, 0, fstat(request->fd, &about));
-    if (result < 0)
-        return -errno;
-    if (!S_ISREG(about.st_mode))
-        return APM_E_INVALID_FILE_TYPE;
-    request->access = APM_PROT_READ | ((flags & O_ACCMODE) == O_RDWR ? APM_PROT_WRITE : 0u);
-    request->file_size = (uint64_t)about.st_size;
-    return obtain(request->fd, &about, false, -1, NULL, &request->file, &request->cause);
-}
+/* ---- changes of size, and what is durable of a file: the marks are the table's ------------------------------------ */
 
 /* One change of size at a time, in this process by a mark, among processes by a lock on a byte that nobody maps. The lock
  * is a description's own (OFD) and never waits: who holds the whole file locked has it refused, not hung. */
-static int begin_growing(struct apm_file_full *file, int *lock_fd) {
+int apm_file_begin_growing(struct apm_file *pub, int *lock_fd) {
+    struct apm_file_full *file = (struct apm_file_full *)pub;
     char own[64];
     pthread_mutex_lock(&files_lock);
     while (file->growing)
@@ -390,7 +372,8 @@ static int begin_growing(struct apm_file_full *file, int *lock_fd) {
     return 0; /* no /proc, no such locks: only this process is kept out (law 16) */
 }
 
-static void end_growing(struct apm_file_full *file, int lock_fd) {
+void apm_file_end_growing(struct apm_file *pub, int lock_fd) {
+    struct apm_file_full *file = (struct apm_file_full *)pub;
     discard(lock_fd, file->pub.inode);
     pthread_mutex_lock(&files_lock);
     file->growing = false;
@@ -398,246 +381,28 @@ static void end_growing(struct apm_file_full *file, int lock_fd) {
     pthread_mutex_unlock(&files_lock);
 }
 
-static int size_now(const struct apm_file *file, uint64_t *size) {
-    struct stat about;
-    int result;
-    APM_OUTSIDE(result, APM_CALL_FSTAT, file->fd, 0, 0, fstat(apm_file_fd(file), &about));
-    if (result < 0)
-        return -errno;
-    *size = (uint64_t)about.st_size;
-    return 0;
+bool apm_file_was_joined(const struct apm_file *file) {
+    pthread_mutex_lock(&files_lock);
+    bool joined = ((const struct apm_file_full *)file)->joined;
+    pthread_mutex_unlock(&files_lock);
+    return joined;
 }
 
-/* Makes the file as long as was asked for. What others have put into it meanwhile stays. */
-static int grow(struct apm_open_request *request) {
-    struct apm_file_full *file = (struct apm_file_full *)request->file;
-    int lock_fd, result = begin_growing(file, &lock_fd);
-    uint64_t before = 0;
-    if (result == 0)
-        result = size_now(request->file, &before);
-    if (result == 0 && before < request->size) {
-        result = apm_extend_file(apm_file_fd(request->file), before, request);
-        if (result == 0) {
-            result = apm_sync_file(apm_file_fd(request->file));
-            if (result < 0) /* the description is shared: nobody else will be told of this one (laws 4, 13) */
-                apm_file_fail(request->file, result);
-        }
-        if (result < 0) { /* back to what it was, unless somebody has seen it longer by now */
-            pthread_mutex_lock(&files_lock);
-            bool joined = file->joined;
-            pthread_mutex_unlock(&files_lock);
-            if (!joined)
-                apm_cut_file(apm_file_fd(request->file), before);
-        }
-    }
-    end_growing(file, lock_fd);
-    return result < 0 ? result : size_now(request->file, &request->file_size);
+bool apm_file_is_synced(const struct apm_file *file) {
+    pthread_mutex_lock(&files_lock);
+    bool synced = ((const struct apm_file_full *)file)->synced;
+    pthread_mutex_unlock(&files_lock);
+    return synced;
 }
 
-/* size is asked for and the file has another one: grow it, or say so. */
-static int match_size(struct apm_open_request *request) {
-    int result = size_now(request->file, &request->file_size);
-    if (result == 0 && request->size > request->file_size && (request->flags & APM_OPEN_GROW))
-        result = grow(request);
-    if (result == 0 && request->size != 0 && request->size != request->file_size)
-        result = APM_E_SIZE_MISMATCH;
-    return result;
-}
-
-static void mark_synced(struct apm_file *file) {
+void apm_file_mark_synced(struct apm_file *file) {
     pthread_mutex_lock(&files_lock);
     ((struct apm_file_full *)file)->synced = true;
     pthread_mutex_unlock(&files_lock);
 }
 
-/* Who made the file may have died, or never asked, before it and its name were durable; the promises that are made under
- * it from now on must not hang on that (law 15). The file once, the name each time: it may be another one. */
-static int sync_name(struct apm_file *pub, int directory) {
-    struct apm_file_full *file = (struct apm_file_full *)pub;
-    pthread_mutex_lock(&files_lock);
-    bool synced = file->synced;
-    pthread_mutex_unlock(&files_lock);
-    if (!synced) {
-        int result = apm_sync_file(apm_file_fd(pub));
-        if (result < 0) {
-            apm_file_fail(pub, result);
-            return result;
-        }
-        mark_synced(pub);
-    }
-    return apm_sync_directory(directory);
-}
-
-/* What may be opened by path: a regular file of this user, unless others are asked for. */
-static int acceptable(const struct apm_open_request *request, const struct stat *about) {
-    if (S_ISLNK(about->st_mode))
-        return -ELOOP;
-    if (S_ISDIR(about->st_mode))
-        return -EISDIR;
-    if (!S_ISREG(about->st_mode))
-        return APM_E_INVALID_FILE_TYPE;
-    bool own_only = !(request->flags & APM_OPEN_FOREIGN_OWNER);
-    return own_only && about->st_uid != geteuid() ? APM_E_FOREIGN_OWNER : 0;
-}
-
-/* made: the inode of a file that was made just now and is durable with its name, or 0. */
-static int open_existing(struct apm_open_request *request, int handle, int directory, const char *name, uint64_t made) {
-    struct stat about;
-    int result;
-    APM_OUTSIDE(result, APM_CALL_FSTAT, handle, 0, 0, fstat(handle, &about));
-    result = result < 0 ? -errno : acceptable(request, &about);
-    if (result < 0)
-        return result;
-    bool must_write = !(request->flags & APM_OPEN_READ_ENOUGH);
-    result = obtain(handle, &about, must_write, directory, name, &request->file, &request->cause);
-    if (result < 0)
-        return result;
-    request->access = APM_PROT_READ | (request->file->writable ? APM_PROT_WRITE : 0u);
-    if (made && about.st_ino == made)
-        mark_synced(request->file);
-    else
-        result = sync_name(request->file, directory);
-    if (result == 0)
-        result = match_size(request);
-    if (result < 0) {
-        apm_file_release(request->file);
-        request->file = NULL;
-    }
-    return result;
-}
-
-/* A new file is made whole and visible, and then opened like any other: the description that made it would be known to the
- * kernel by no name for ever. */
-static int open_in(struct apm_open_request *request, int directory, const char *name) {
-    uint64_t made = 0;
-    for (int tries = 0; tries < CREATE_TRIES; tries++) {
-        int handle, result;
-        APM_OUTSIDE(handle, APM_CALL_OPEN, directory, 0, 0,
-                    openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC));
-        if (handle >= 0) {
-            result = open_existing(request, handle, directory, name, made);
-            close(handle);
-            return result;
-        }
-        if (errno != ENOENT || !(request->flags & APM_OPEN_CREATE) || request->size == 0)
-            return -errno;
-        result = apm_create_file(directory, name, request, &made);
-        if (result < 0 && result != -EEXIST) /* else somebody was faster: theirs it is */
-            return result;
-        request->created = result == 0;
-    }
-    return -EEXIST;
-}
-
-static int by_path(struct apm_open_request *request) {
-    char *path = strdup(request->path);
-    if (!path)
-        return -ENOMEM;
-    char *slash = strrchr(path, '/');
-    const char *name = slash ? slash + 1 : path, *parent = slash == path ? "/" : slash ? path : ".";
-    if (slash)
-        *slash = 0;
-    int result;
-    if (!*name || strcmp(name, ".") == 0 || strcmp(name, "..") == 0) {
-        result = request->path[0] ? -EISDIR : -ENOENT;
-    } else {
-        int directory;
-        APM_OUTSIDE(directory, APM_CALL_OPEN, 0, 0, 0, open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-        if (directory < 0) {
-            result = -errno;
-        } else {
-            result = open_in(request, directory, name);
-            close(directory);
-        }
-    }
-    free(path);
-    return result;
-}
-
-int apm_file_open(struct apm_open_request *request) {
-    request->file = NULL;
-    int result = request->path ? by_path(request) : by_descriptor(request);
-    if (result == 0 && __atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE)) {
-        apm_file_release(request->file); /* nobody is there to take it */
-        request->file = NULL;
-        return APM_E_WITHDRAWN;
-    }
-    return result;
-}
-
-/* The kernel's table shows a file by two numbers, which on btrfs are the same for equal inode numbers in two subvolumes.
- * There the mapping's own link is looked at, or, where that is not allowed, its name. */
-bool apm_file_is_mapped(const struct apm_file *file, const struct apm_vma *vma) {
-    static const uint64_t btrfs = 0x9123683E;
-    if (file->vma_device != vma->device || file->vma_inode != vma->inode)
-        return false;
-    if ((uint32_t)file->file_system != btrfs || file->fd < 0)
-        return true;
-    char path[96], name[sizeof vma->name];
-    struct stat about;
-    int handle;
-    snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", (unsigned long long)vma->start,
-             (unsigned long long)vma->end);
-    APM_OUTSIDE(handle, APM_CALL_OPEN, vma->inode, 0, 0, open(path, O_PATH | O_CLOEXEC));
-    if (handle >= 0) {
-        bool same = fstat(handle, &about) == 0 && about.st_dev == file->device && about.st_ino == file->inode;
-        close(handle);
-        return same;
-    }
-    snprintf(path, sizeof path, "/proc/self/fd/%d", apm_file_fd(file));
-    ssize_t length = readlink(path, name, sizeof name - 1);
-    if (length < 0)
-        return false;
-    name[length] = 0;
-    return strcmp(name, vma->name) == 0;
-}
-
-/* Is the file behind this handle the one that the kernel shows for vma? */
-static int try_file(int handle, const struct stat *about, const struct apm_vma *vma, struct apm_file **out,
-                    int32_t *cause) {
-    int result = obtain(handle, about, false, -1, NULL, out, cause);
-    if (result == 0 && !apm_file_is_mapped(*out, vma)) {
-        apm_file_release(*out);
-        *out = NULL;
-        return -ENOENT;
-    }
-    return result;
-}
-
-static int try_path(const char *path, const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
-    struct stat about;
-    int handle, result = -ENOENT;
-    APM_OUTSIDE(handle, APM_CALL_OPEN, vma->inode, 0, 0, open(path, O_PATH | O_CLOEXEC));
-    if (handle < 0)
-        return -errno;
-    if (fstat(handle, &about) == 0 && S_ISREG(about.st_mode))
-        result = try_file(handle, &about, vma, out, cause);
-    close(handle);
-    return result;
-}
-
-static int try_own_descriptors(const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
-    DIR *directory = opendir("/proc/self/fd");
-    if (!directory)
-        return -ENOENT;
-    int result = -ENOENT;
-    struct dirent *entry;
-    while (result == -ENOENT && (entry = readdir(directory)) != NULL) {
-        struct stat about;
-        int number = atoi(entry->d_name);
-        if (entry->d_name[0] == '.' || fstat(number, &about) != 0 || about.st_ino != vma->inode ||
-            !S_ISREG(about.st_mode))
-            continue;
-        result = try_file(number, &about, vma, out, cause);
-        if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED)
-            result = -ENOENT;
-    }
-    closedir(directory);
-    return result;
-}
-
 /* Memory that no name leads to: anonymous shared memory, or a file that cannot be reached any more. */
-static int without_descriptor(const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
+int apm_file_without_descriptor(const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
     static const char *const volatile_names[] = {"/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/anon_hugepage",
                                                  "/i915", "[anon_shmem"};
     const uint64_t device = vma->device | (uint64_t)1 << 63; /* a key that no st_dev has */
@@ -671,22 +436,5 @@ static int without_descriptor(const struct apm_vma *vma, struct apm_file **out, 
     }
     pthread_mutex_unlock(&files_lock);
     free(fresh);
-    return result;
-}
-
-int apm_file_of_vma(const struct apm_vma *vma, struct apm_file **out, int32_t *cause) {
-    static const char deleted[] = " (deleted)";
-    char path[96];
-    snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", (unsigned long long)vma->start,
-             (unsigned long long)vma->end);
-    int result = try_path(path, vma, out, cause); /* exact, where we are allowed to */
-    size_t length = strlen(vma->name);
-    bool gone = length >= sizeof deleted - 1 && strcmp(vma->name + length - (sizeof deleted - 1), deleted) == 0;
-    if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED && vma->name[0] == '/' && !gone)
-        result = try_path(vma->name, vma, out, cause);
-    if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED)
-        result = try_own_descriptors(vma, out, cause);
-    if (result < 0 && result != APM_E_FILE_FAILED && result != APM_E_CACHE_NOT_DROPPED)
-        result = without_descriptor(vma, out, cause);
     return result;
 }

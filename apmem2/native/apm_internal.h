@@ -13,6 +13,7 @@
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -100,6 +101,7 @@ bool apm_has_eadr(void);
 uint32_t apm_granted_granularity(bool map_sync);
 
 /* ---- files -------------------------------------------------------------------------------------- */
+struct stat;
 struct apm_record;
 struct apm_work { /* a node of the pool's own errands: embedded, so that none needs memory */
     struct apm_work *next;
@@ -126,7 +128,21 @@ struct apm_file_full {
 };
 /* fd may change while others look (read-only at first, read-write later). */
 static inline int apm_file_fd(const struct apm_file *file) { return __atomic_load_n(&file->fd, __ATOMIC_ACQUIRE); }
-int apm_file_open(struct apm_open_request *request);
+/* The file behind handle, opened with a description of our own, with one reference for the caller. directory and name: the
+ * plain way where there is no /proc (name may be NULL). *cause: with APM_E_FILE_FAILED the first failure. */
+int apm_file_obtain(int handle, const struct stat *about, bool must_write, int directory, const char *name,
+                    struct apm_file **out, int32_t *cause);
+/* Memory that no name leads to: a file without descriptor. */
+int apm_file_without_descriptor(const struct apm_vma *vma, struct apm_file **out, int32_t *cause);
+/* One opener at a time makes a file longer; -EBUSY when another process does. End it in any case. */
+int apm_file_begin_growing(struct apm_file *file, int *lock_fd);
+void apm_file_end_growing(struct apm_file *file, int lock_fd);
+bool apm_file_was_joined(const struct apm_file *file); /* has anybody opened it since begin_growing? */
+bool apm_file_is_synced(const struct apm_file *file);  /* were its size and blocks made durable here? */
+void apm_file_mark_synced(struct apm_file *file);
+/* 0, or APM_E_MAP_RANGE when the file ends before offset + length. */
+int apm_file_holds(const struct apm_file *file, uint64_t offset, uint64_t length);
+int apm_file_open(struct apm_open_request *request); /* apm_open.c */
 /* A map's reference, taken and dropped. The latter closes on this thread, one of the pool's. */
 void apm_file_hold_for_map(struct apm_file *file);
 void apm_file_drop_for_map(struct apm_file *file);
@@ -159,6 +175,11 @@ struct apm_map_full {
     int32_t failed;                     /* the file's failure when the map let go of it */
     uint64_t unmap_sequence;
 };
+struct apm_map_full *apm_map_new(void);
+/* What forcing does to a granularity that the kernel granted; *forced when it is finer than granted. */
+uint32_t apm_map_force(uint32_t granted, bool *forced);
+uint32_t apm_map_durability(const struct apm_file *file, uint32_t sharing, bool forced);
+void apm_map_decide_copies(struct apm_map *map);
 int apm_map_run(struct apm_map_request *request);
 int apm_adopt_run(struct apm_adopt_request *request);
 int apm_check_run(const struct apm_map *map, struct apm_check_request *request);
@@ -169,6 +190,7 @@ void apm_map_unmap(struct apm_map_full *map); /* memory and file; then drops the
 void apm_map_drop(struct apm_map_full *map);
 
 /* ---- pool -------------------------------------------------------------------------------------------- */
+enum apm_record_state { FREE = 0, QUEUED_WORK, QUEUED_ROUND, PARKED, RUNNING, DONE };
 struct apm_record {
     struct apm_job job;
     struct apm_channel *channel;
@@ -177,11 +199,27 @@ struct apm_record {
     uint64_t accepted_ns;
     int32_t code;
     uint32_t waits_for; /* DRAIN: jobs that it still waits for */
-    uint8_t state;      /* enum in apm_pool.c */
+    uint8_t state;      /* enum apm_record_state; pool_lock, FREE is set by the channel's taker */
     bool began, is_sync;
     bool needs_sync; /* a copy whose pages the persists of its round have to sync */
     struct apm_file_full *file; /* whose round it waits for, or NULL */
 };
+/* ---- channels: apm_channel.c */
+struct apm_channel {
+    int fd;
+    uint32_t capacity;
+    struct apm_record **chunks; /* slots, SLOTS_PER_CHUNK at a time; pool_lock */
+    uint32_t in_flight;         /* accepted, not taken; atomic */
+    pthread_mutex_t lock;       /* guards the three below */
+    struct apm_record *first, *last;
+    bool signalled; /* the eventfd was written since the last take */
+};
+/* The record of a slot, or NULL (no such slot, no memory). pool_lock held. */
+struct apm_record *apm_channel_slot(struct apm_channel *channel, uint64_t tag);
+/* Result first, then wake (law 3). records: linked by next, of any channels. pool_lock not held. */
+void apm_channel_publish(struct apm_record *records);
+
+void apm_pool_begin(void); /* what has to be there before the first channel */
 void apm_pool_schedule(struct apm_work *work); /* an errand of the core's own, at any time */
 void apm_map_errand_done(struct apm_map_full *map); /* the unmapping is over: drains may go */
 uint64_t apm_now_ns(void);

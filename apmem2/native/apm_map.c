@@ -39,7 +39,7 @@ void *apm_sys_mmap(uint32_t call, void *at, size_t length, int protection, int f
     return (void *)result;
 }
 
-static struct apm_map_full *new_map(void) {
+struct apm_map_full *apm_map_new(void) {
     struct apm_map_full *map = apm_allocate(sizeof *map);
     if (map)
         map->references = 2; /* whoever holds the struct, and the memory */
@@ -52,7 +52,7 @@ static int system_protection(uint32_t protection) {
 }
 
 /* What forcing does to a granularity that the kernel granted; *forced when it is finer than granted. */
-static uint32_t apply_force(uint32_t granted, bool *forced) {
+uint32_t apm_map_force(uint32_t granted, bool *forced) {
     int wanted = apm_forced_granularity();
     *forced = wanted >= 0 && (uint32_t)wanted < granted;
     if (wanted < 0 || (wanted != APM_PAGE && !apm_cpu()->can_flush))
@@ -60,7 +60,7 @@ static uint32_t apply_force(uint32_t granted, bool *forced) {
     return (uint32_t)wanted;
 }
 
-static uint32_t durability_of(const struct apm_file *file, uint32_t sharing, bool forced) {
+uint32_t apm_map_durability(const struct apm_file *file, uint32_t sharing, bool forced) {
     if (!file || sharing == APM_PRIVATE)
         return APM_DURABILITY_NONE;
     if (forced && file->durability == APM_DURABILITY_POWER_LOSS)
@@ -68,7 +68,7 @@ static uint32_t durability_of(const struct apm_file *file, uint32_t sharing, boo
     return file->durability;
 }
 
-static void decide_copy_path(struct apm_map *map) {
+void apm_map_decide_copies(struct apm_map *map) {
     map->by_pwrite = map->file && map->sharing == APM_SHARED && map->granularity == APM_PAGE &&
                      (map->protection & APM_PROT_WRITE) && map->file->writable && map->file->coherent;
 }
@@ -111,7 +111,7 @@ int apm_map_run(struct apm_map_request *request) {
         if (request->length > (uint64_t)about.st_size - request->offset)
             return APM_E_MAP_RANGE;
     }
-    struct apm_map_full *map = new_map();
+    struct apm_map_full *map = apm_map_new();
     if (!map)
         return -ENOMEM;
     bool shared_file = file && request->sharing == APM_SHARED;
@@ -125,7 +125,7 @@ int apm_map_run(struct apm_map_request *request) {
     }
     uint32_t granted = shared_file ? apm_granted_granularity(map_sync) : APM_BYTE;
     bool forced = false;
-    uint32_t granularity = shared_file ? apply_force(granted, &forced) : APM_BYTE;
+    uint32_t granularity = shared_file ? apm_map_force(granted, &forced) : APM_BYTE;
     request->granularity = granularity;
     if (granularity > request->required_granularity) {
         if (map_sync)
@@ -154,147 +154,14 @@ int apm_map_run(struct apm_map_request *request) {
     }
     map->pub = (struct apm_map){.address = (uintptr_t)memory, .length = request->length, .offset = request->offset,
                                 .file = file, .granularity = granularity,
-                                .durability = durability_of(file, request->sharing, forced),
+                                .durability = apm_map_durability(file, request->sharing, forced),
                                 .sharing = request->sharing, .protection = request->protection,
                                 .forced = forced, .map_sync = map_sync};
-    decide_copy_path(&map->pub);
+    apm_map_decide_copies(&map->pub);
     map->mapped_length = rounded;
     if (file)
         apm_file_hold_for_map(file);
     request->map = &map->pub;
-    return 0;
-}
-
-/* Walks the kernel's table over [address, end): one file, shared, each mapping going on where the last ended, in memory
- * and in the file. */
-static int inspect(struct apm_adopt_request *request, struct apm_vma *first, uint32_t *protection) {
-    uint64_t end = request->address + request->length, at = request->address;
-    *protection = APM_PROT_READ | APM_PROT_WRITE;
-    while (at < end) {
-        struct apm_vma vma;
-        request->bad_address = at;
-        int result = apm_vma_at(at, &vma);
-        if (result < 0)
-            return result;
-        if (!vma.shared || vma.inode == 0)
-            return APM_E_PRIVATE_MEMORY;
-        if (at == request->address)
-            *first = vma;
-        else if (vma.inode != first->inode || vma.device != first->device || strcmp(vma.name, first->name) != 0)
-            return APM_E_OTHER_FILE;
-        else if (vma.offset + (at - vma.start) != first->offset + (at - first->start))
-            return APM_E_NOT_CONTIGUOUS;
-        *protection &= (vma.readable ? APM_PROT_READ : 0u) | (vma.writable ? APM_PROT_WRITE : 0u);
-        at = vma.end;
-    }
-    return 0;
-}
-
-/* The bytes of a last page beyond the end of the file never reach it. */
-static int inside_file(const struct apm_file *file, uint64_t offset, uint64_t length) {
-    struct stat about;
-    int result;
-    if (file->fd < 0)
-        return 0;
-    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(apm_file_fd(file), &about));
-    if (result < 0)
-        return -errno;
-    return offset + length > (uint64_t)about.st_size ? APM_E_MAP_RANGE : 0;
-}
-
-/* CACHE_LINE wants MAP_SYNC on all of this very mapping; only where the file could have it is the slow table read. */
-static bool is_synchronous(const struct apm_file *file, uint64_t address, uint64_t length) {
-    if (file->fd < 0)
-        return false;
-    void *probe = apm_sys_mmap(APM_CALL_MMAP_SYNC, NULL, apm_page_size(), PROT_READ, MAP_SHARED_VALIDATE | MAP_SYNC,
-                               apm_file_fd(file), 0);
-    if (probe == MAP_FAILED)
-        return false;
-    munmap(probe, apm_page_size());
-    for (uint64_t at = address; at < address + length; ) {
-        struct apm_vma vma;
-        if (apm_vma_is_synchronous(at) != 1 || apm_vma_at(at, &vma) < 0)
-            return false;
-        at = vma.end;
-    }
-    return true;
-}
-
-int apm_adopt_run(struct apm_adopt_request *request) {
-    struct apm_vma vma;
-    uint32_t protection;
-    request->map = NULL;
-    request->path[0] = 0;
-    request->granularity = APM_PAGE;
-    if (request->length == 0 || request->address + request->length < request->address)
-        return APM_E_LENGTH_OUT_OF_RANGE;
-    if (request->address == 0)
-        return APM_E_ADDRESS_NULL;
-    int result = inspect(request, &vma, &protection);
-    if (result < 0)
-        return result;
-    strcpy(request->path, vma.name);
-    struct apm_file *file = request->file;
-    if (file) {
-        if (!apm_file_is_mapped(file, &vma))
-            return APM_E_OTHER_FILE;
-        request->cause = apm_file_failure(file);
-        if (request->cause)
-            return APM_E_FILE_FAILED;
-    } else {
-        result = apm_file_of_vma(&vma, &file, &request->cause);
-        if (result < 0)
-            return result;
-    }
-    result = inside_file(file, vma.offset + (request->address - vma.start), request->length);
-    if (result < 0) {
-        if (!request->file)
-            apm_file_release(file);
-        return result;
-    }
-    bool map_sync = is_synchronous(file, request->address, request->length);
-    bool forced;
-    uint32_t granularity = apply_force(apm_granted_granularity(map_sync), &forced);
-    request->granularity = granularity;
-    struct apm_map_full *map = NULL;
-    if (request->claimed >= 0 && (uint32_t)request->claimed < granularity)
-        result = APM_E_GRANULARITY_NOT_SUPPORTED;
-    else if ((map = new_map()) == NULL)
-        result = -ENOMEM;
-    if (result == 0)
-        apm_file_hold_for_map(file);
-    if (!request->file)
-        apm_file_release(file); /* what looking for it took */
-    if (result < 0)
-        return result;
-    if (request->claimed >= 0)
-        granularity = (uint32_t)request->claimed; /* coarser than granted is allowed: it only costs */
-    map->pub = (struct apm_map){.address = request->address, .length = request->length,
-                                .offset = vma.offset + (request->address - vma.start), .file = file,
-                                .granularity = granularity, .durability = durability_of(file, APM_SHARED, forced),
-                                .sharing = APM_SHARED, .adopted = 1, .forced = forced, .map_sync = map_sync,
-                                .protection = protection};
-    decide_copy_path(&map->pub);
-    request->map = &map->pub;
-    return 0;
-}
-
-int apm_check_run(const struct apm_map *map, struct apm_check_request *request) {
-    uint64_t at = map->address, end = at + map->length;
-    request->still_there = 0;
-    while (at < end) {
-        struct apm_vma vma;
-        int result = apm_vma_at(at, &vma);
-        if (result == APM_E_NOT_MAPPED)
-            return 0;
-        if (result < 0)
-            return result;
-        if (!vma.shared || !apm_file_is_mapped(map->file, &vma) ||
-            vma.offset + (at - vma.start) != map->offset + (at - map->address))
-            return 0;
-        at = vma.end;
-    }
-    request->still_there = 1;
     return 0;
 }
 
@@ -336,7 +203,7 @@ int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size) 
             result = 0;
         }
         if (result < 0 && errno == EFAULT) { /* SIGBUS to whoever touches it: no such page, or the device cannot read it */
-            if (map->file && inside_file(map->file, map->offset + offset, size) == APM_E_MAP_RANGE)
+            if (map->file && apm_file_holds(map->file, map->offset + offset, size) == APM_E_MAP_RANGE)
                 return APM_E_FILE_SHRANK;
             return -EIO;
         }

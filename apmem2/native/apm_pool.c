@@ -5,9 +5,7 @@
  * lane leaves the others a thread, so syncs that hang starve no copy, and a file whose round hangs holds one thread and its
  * own waiters (law 8). Threads are started when there is work for them.
  *
- * A completion is linked into its channel first, the eventfd is written after (law 3), once for a batch. pool_lock and a
- * channel's lock are never held together. Nothing is allocated between acceptance and completion: the records are the
- * channel's slots. */
+ * Nothing is allocated between acceptance and completion: the records are slots of their channel (apm_channel.c). */
 #include "apm_internal.h"
 
 #include <pthread.h>
@@ -15,27 +13,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { SLOTS_PER_CHUNK = 256, CAPACITY_MAX = 1 << 20, THREADS_MAX = 1024, THREADS_DEFAULT = 16 };
-enum { THREADS_MIN = 4, WORKING_PER_FILE = 2 };
-enum { FREE = 0, QUEUED_WORK, QUEUED_ROUND, PARKED, RUNNING, DONE };
+enum { THREADS_MIN = 4, THREADS_DEFAULT = 16, THREADS_MAX = 1024, WORKING_PER_FILE = 2 };
 
 _Static_assert(sizeof(struct apm_job) == 48, "packed as bytes by the caller");
-_Static_assert(sizeof(struct apm_result) == 16, "unpacked as bytes by the caller");
 _Static_assert(offsetof(struct apm_job, map) == 16 && offsetof(struct apm_job, data) == 40, "likewise");
-
-struct apm_channel {
-    int fd;
-    uint32_t capacity;
-    struct apm_record **chunks; /* slots, SLOTS_PER_CHUNK at a time; pool_lock */
-    uint32_t in_flight;         /* accepted, not taken; atomic */
-    pthread_mutex_t lock;       /* guards the three below */
-    struct apm_record *first, *last;
-    bool signalled; /* the eventfd was written since the last take */
-};
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* pool_lock: guards everything below */
 static pthread_cond_t work_there, all_quiet;
@@ -72,6 +56,8 @@ static void start_once(void) {
     pthread_atfork(NULL, NULL, in_child);
 }
 
+void apm_pool_begin(void) { pthread_once(&started, start_once); }
+
 int apm_is_forked(void) { return __atomic_load_n(&forked, __ATOMIC_SEQ_CST); }
 
 int apm_pool_configure(uint32_t max) {
@@ -93,45 +79,7 @@ static void call_thread(void);
 
 static uint32_t running(void) { return rounds_running + work_running + errands_running; } /* pool_lock held */
 
-/* ---- completions -------------------------------------------------------------------------------------------- */
-
-static void wake(int fd) {
-    uint64_t one = 1;
-    while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
-        ;
-}
-
-/* Result first, then wake (law 3). records: linked by next, of any channels. */
-static void publish(struct apm_record *records) {
-    while (records) {
-        struct apm_channel *channel = records->channel;
-        struct apm_record *others = NULL, **others_end = &others, *mine = NULL, **mine_end = &mine, *last = NULL;
-        for (struct apm_record *record = records, *next; record; record = next) {
-            next = record->next;
-            record->next = NULL;
-            if (record->channel == channel) {
-                *mine_end = last = record;
-                mine_end = &record->next;
-            } else {
-                *others_end = record;
-                others_end = &record->next;
-            }
-        }
-        pthread_mutex_lock(&channel->lock);
-        if (channel->last)
-            channel->last->next = mine;
-        else
-            channel->first = mine;
-        channel->last = last;
-        bool first = !channel->signalled;
-        channel->signalled = true;
-        int fd = channel->fd;
-        if (first)
-            wake(fd); /* inside: after the unlock, the taker may free the channel */
-        pthread_mutex_unlock(&channel->lock);
-        records = others;
-    }
-}
+/* ---- what ends ---------------------------------------------------------------------------------------------- */
 
 static void push_errand(struct apm_work *work) { /* pool_lock held */
     work->next = NULL;
@@ -240,7 +188,7 @@ static void complete(struct apm_record *records) {
     if (stopping && !running())
         pthread_cond_broadcast(&all_quiet);
     pthread_mutex_unlock(&lock);
-    publish(all);
+    apm_channel_publish(all);
 }
 
 void apm_map_errand_done(struct apm_map_full *map) {
@@ -254,7 +202,7 @@ void apm_map_errand_done(struct apm_map_full *map) {
         settle(drain, now, &none_end);
     }
     pthread_mutex_unlock(&lock);
-    publish(drained);
+    apm_channel_publish(drained);
 }
 
 /* ---- threads ---------------------------------------------------------------------------------------------------- */
@@ -548,62 +496,7 @@ int apm_map_failed(struct apm_map *pub) {
     return code;
 }
 
-/* ---- channels ----------------------------------------------------------------------------------------------------- */
-
-int apm_channel_new(uint32_t capacity, struct apm_channel **out) {
-    if (apm_is_forked())
-        return APM_E_FORKED;
-    if (capacity == 0 || capacity > CAPACITY_MAX)
-        return -EINVAL;
-    pthread_once(&started, start_once);
-    struct apm_channel *channel = apm_allocate(sizeof *channel);
-    if (!channel)
-        return -ENOMEM;
-    channel->capacity = capacity;
-    channel->chunks = apm_allocate(((size_t)capacity + SLOTS_PER_CHUNK - 1) / SLOTS_PER_CHUNK * sizeof *channel->chunks);
-    if (!channel->chunks) {
-        free(channel);
-        return -ENOMEM;
-    }
-    APM_OUTSIDE(channel->fd, APM_CALL_EVENTFD, 0, 0, 0, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-    if (channel->fd < 0) {
-        int error = errno;
-        free(channel->chunks);
-        free(channel);
-        return -error;
-    }
-    pthread_mutex_init(&channel->lock, NULL);
-    *out = channel;
-    return 0;
-}
-
-int apm_channel_fd(const struct apm_channel *channel) { return channel->fd; }
-
-int apm_channel_free(struct apm_channel *channel) {
-    if (apm_is_forked())
-        return APM_E_FORKED;
-    if (__atomic_load_n(&channel->in_flight, __ATOMIC_ACQUIRE))
-        return -EBUSY;
-    pthread_mutex_lock(&channel->lock); /* the last publisher has left */
-    pthread_mutex_unlock(&channel->lock);
-    pthread_mutex_destroy(&channel->lock);
-    close(channel->fd);
-    for (uint32_t i = 0; i < (channel->capacity + SLOTS_PER_CHUNK - 1) / SLOTS_PER_CHUNK; i++)
-        free(channel->chunks[i]);
-    free(channel->chunks);
-    free(channel);
-    return 0;
-}
-
-/* The record of a slot, its memory made at first use. pool_lock held. */
-static struct apm_record *slot(struct apm_channel *channel, uint64_t tag) {
-    if (tag >= channel->capacity)
-        return NULL;
-    struct apm_record **chunk = &channel->chunks[tag / SLOTS_PER_CHUNK];
-    if (!*chunk)
-        *chunk = apm_allocate(SLOTS_PER_CHUNK * sizeof **chunk);
-    return *chunk ? *chunk + tag % SLOTS_PER_CHUNK : NULL;
-}
+/* ---- what is accepted ---------------------------------------------------------------------------------------------- */
 
 static bool joins_round(const struct apm_job *job) {
     if (!job->map || job->map->granularity != APM_PAGE || !job->map->file)
@@ -628,7 +521,7 @@ static int accept_job(struct apm_channel *channel, const struct apm_job *job, ui
     int result = check(job);
     if (result < 0)
         return result;
-    struct apm_record *record = slot(channel, job->tag);
+    struct apm_record *record = apm_channel_slot(channel, job->tag);
     if (!record)
         return job->tag < channel->capacity ? -ENOMEM : -EINVAL;
     if (record->state != FREE)
@@ -709,7 +602,7 @@ int apm_pool_submit(struct apm_channel *channel, struct apm_job *jobs, uint32_t 
     if (accepted)
         call_thread();
     pthread_mutex_unlock(&lock);
-    publish(done);
+    apm_channel_publish(done);
     return accepted ? (int)accepted : result;
 }
 
@@ -760,8 +653,8 @@ int apm_pool_withdraw(struct apm_channel *channel, uint32_t tag) {
         return APM_E_FORKED;
     struct apm_record *record = NULL;
     pthread_mutex_lock(&lock);
-    if (tag < channel->capacity && channel->chunks[tag / SLOTS_PER_CHUNK])
-        record = channel->chunks[tag / SLOTS_PER_CHUNK] + tag % SLOTS_PER_CHUNK;
+    if (tag < channel->capacity)
+        record = apm_channel_slot(channel, tag);
     bool waiting = record && (record->state == QUEUED_WORK || record->state == QUEUED_ROUND || record->state == PARKED);
     if (waiting) {
         if (record->state == PARKED)
@@ -775,29 +668,6 @@ int apm_pool_withdraw(struct apm_channel *channel, uint32_t tag) {
     if (waiting)
         complete(record);
     return waiting;
-}
-
-int apm_channel_take(struct apm_channel *channel, struct apm_result *out, uint32_t max) {
-    if (apm_is_forked())
-        return APM_E_FORKED;
-    uint32_t count = 0;
-    pthread_mutex_lock(&channel->lock);
-    channel->signalled = false;
-    struct apm_record *record = channel->first;
-    for (; record && count < max; count++) {
-        struct apm_record *next = record->next;
-        out[count] = (struct apm_result){(uint32_t)record->job.tag, record->code, record->began};
-        record->next = NULL;
-        /* Free from here on: the slot is the caller's to use again, and only this thread submits for the channel. */
-        record->state = FREE;
-        record = next;
-    }
-    channel->first = record;
-    if (!record)
-        channel->last = NULL;
-    __atomic_sub_fetch(&channel->in_flight, count, __ATOMIC_RELEASE);
-    pthread_mutex_unlock(&channel->lock);
-    return (int)count;
 }
 
 /* ---- end, and numbers --------------------------------------------------------------------------------------------------- */

@@ -582,7 +582,7 @@ async def test_an_opener_cancelled_at_the_registry_lock_leaves_nothing(directory
     path.write_bytes(bytes(SIZE))
     with path.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), SIZE)
-    lock = mapping._registry.lock
+    lock = mapping.registry.lock
 
     def opening() -> Coroutine[Any, Any, apmem2.Map]:
         if opener == "map_from_existing":

@@ -1,7 +1,7 @@
-"""An error is told to everyone whom it concerns, and never swallowed by whoever met it first (promise 3, laws 4 and 13).
+"""An error is told to everyone whom it concerns, and never swallowed by whoever met it first (promise 3, laws 4, 13).
 
-Each of these was once wrong: a drain that said "durable" after another had been told of the failure, an opener's fsync that
-took the file's only report of a lost write-back and kept it to itself, a retried msync that said "ok".
+Each of these was once wrong: a drain that said "durable" after another had been told of the failure, an opener's fsync
+that took the file's only report of a lost write-back and kept it to itself, a retried msync that said "ok".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ async def test_every_drain_after_a_failed_flush_is_told(directory: Path, faults:
         faults.fail("msync", errno.EIO)
         await m.flush(0, 1)
         for _ in range(3):
-            with pytest.raises(OSError, match="drain|persisting|failed"):
+            with pytest.raises(OSError, match=r"persisting|failed"):
                 await m.drain()
         with pytest.raises(apmem2.PersistError):
             await m.aclose()
@@ -69,9 +69,7 @@ async def test_after_a_sync_that_failed_while_opening_the_next_opening_looks_at_
 
 
 @pytest.mark.asyncio
-async def test_an_msync_without_memory_is_not_asked_twice(
-    directory: Path, faults: Faults, recorder: Recorder
-) -> None:
+async def test_an_msync_without_memory_is_not_asked_twice(directory: Path, faults: Faults, recorder: Recorder) -> None:
     """ENOMEM is what an unmapped page gives as well; of a mapped one it is a failed write-back, and told once only."""
     async with apmem2.open(directory / "a", size=8192) as m:
         faults.fail("msync", errno.ENOMEM)
@@ -84,7 +82,7 @@ async def test_an_msync_without_memory_is_not_asked_twice(
 
 @pytest.mark.asyncio
 async def test_a_synchronous_write_that_worked_once_has_no_plain_way(directory: Path, faults: Faults) -> None:
-    """Later, EOPNOTSUPP is what the write-back said, perhaps of another page: it must not be taken for a missing trick."""
+    """Later, EOPNOTSUPP is what the write-back said, perhaps of another page, and no missing trick."""
     async with apmem2.open(directory / "a", size=8192) as m:
         await m.memcpy(0, b"x")
         faults.fail("pwrite_dsync", errno.EOPNOTSUPP)
