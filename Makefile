@@ -39,7 +39,7 @@ check: preconditions $(VENV)/.check-stamp
 	$(BIN)/ruff check apmem2 tests examples setup.py
 	$(BIN)/ruff format --check apmem2 tests examples setup.py
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: preconditions $(VENV)/.test-stamp
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGUMENTS)

@@ -276,6 +276,7 @@ class Map:
                     pending = self._strategy.persist(self, start, length)
                     if isinstance(pending, Operation):
                         started.append(pending)
+                        pending.leader = started[0] if len(started) > 1 else None  # no circle
                     elif pending is not None:
                         await pending
                     if len(started) == _SHARED_BLOCKS:

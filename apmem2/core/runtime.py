@@ -45,7 +45,7 @@ class Operation:
     """
 
     __slots__ = (
-        "bridge", "data", "ended", "error", "flags", "future", "keep", "kind", "map", "offset", "refusal", "size",
+        "bridge", "data", "ended", "error", "flags", "future", "keep", "kind", "leader", "map", "offset", "refusal", "size",
         "tag", "undo",
     )  # fmt: skip
 
@@ -67,6 +67,7 @@ class Operation:
         self.refusal: PmemError | None = None  # why the pool did not take it
         self.tag = Operation.WAITING
         self.future: asyncio.Future[None] | None = None
+        self.leader: Operation | None = None  # of several that one waiter waits for, the one that it waits for first
 
     def __await__(self) -> Generator[Any, None, None]:
         future = self.future
@@ -193,7 +194,8 @@ class Bridge:
                     free.append(len(slots))
                     slots.append(None)
                 operation = tick.popleft()
-                if operation.future is not None and operation.future.cancelled():
+                awaited = (operation.leader or operation).future
+                if awaited is not None and awaited.cancelled():
                     self.withdraw(operation)  # its waiter, cancelled just now, has not run yet
                 if operation.tag == Operation.ENDED:
                     continue  # withdrawn while it waited here
