@@ -45,8 +45,8 @@ class Operation:
     """
 
     __slots__ = (
-        "bridge", "data", "ended", "error", "flags", "future", "keep", "kind", "leader", "map", "offset", "refusal", "size",
-        "tag", "undo",
+        "bridge", "data", "ended", "error", "flags", "future", "keep", "kind", "leader", "map", "offset", "refusal",
+        "size", "tag", "undo",
     )  # fmt: skip
 
     WAITING = -1  # in the list of its tick
