@@ -246,7 +246,7 @@ enum apm_job_kind {
     APM_JOB_CHECK = 9
 };
 
-#define APM_PERSIST_UNAWAITED 1 /* nobody waits for this one: every later DRAIN of its map reports its error */
+#define APM_PERSIST_UNAWAITED 1 /* nobody waits for this one: the DRAINs of its map report its error */
 #define APM_DRAIN_ALL 1         /* wait for every kind of job, and for the unmapping when it is under way */
 
 /* One entry of a submission. 48 bytes, no padding: the caller may pack it as bytes. */

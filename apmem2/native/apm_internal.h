@@ -171,7 +171,8 @@ struct apm_map_full {
     bool disowned, unmapping;
     uint32_t running_all, running_sync; /* accepted, not completed */
     struct apm_record *drains;          /* waiting for some of them */
-    int32_t unreported;                 /* first error of a flush that nobody awaited; stays */
+    int32_t flush_failed;               /* first error of a flush that nobody awaited; stays */
+    bool told;                          /* a drain has said so */
     int32_t failed;                     /* the file's failure when the map let go of it */
     uint64_t unmap_sequence;
 };

@@ -156,6 +156,7 @@ static void settle(struct apm_record *record, uint64_t now, struct apm_record **
     if (record->job.kind == APM_JOB_DRAIN) {
         if (!(record->job.flags & APM_DRAIN_ALL) && record->code != APM_E_WITHDRAWN)
             record->code = drained(map, record->code);
+        map->told = map->told || (record->code < 0 && record->code != APM_E_WITHDRAWN);
         unmap_if_unused(map);
         return;
     }
@@ -163,8 +164,8 @@ static void settle(struct apm_record *record, uint64_t now, struct apm_record **
     map->running_sync -= record->is_sync;
     int code = record->code == APM_E_WITHDRAWN ? 0 : record->code;
     /* It stays: those bytes are not durable, so no later drain may say that all accepted before it are. */
-    if (code < 0 && record->job.kind == APM_JOB_PERSIST && (record->job.flags & APM_PERSIST_UNAWAITED) && !map->unreported)
-        map->unreported = code;
+    if (code < 0 && record->job.kind == APM_JOB_PERSIST && (record->job.flags & APM_PERSIST_UNAWAITED) && !map->flush_failed)
+        map->flush_failed = code;
     release_drains(map, record->sequence, record->is_sync, code, done);
     unmap_if_unused(map);
 }
@@ -476,12 +477,21 @@ void apm_map_disown(struct apm_map *pub) {
     pthread_mutex_unlock(&lock);
 }
 
+/* The error of an earlier flush that a new drain has to tell: the error itself once, then that the file failed, or, where
+ * it did not (the memory was unmapped), the same again, for no later drain may say that all is durable. A close tells only
+ * what nobody was told. pool_lock held. */
+static int undrained(const struct apm_map_full *map, bool closing) {
+    if (!map->told)
+        return map->flush_failed;
+    return closing || drained(map, 0) < 0 ? 0 : map->flush_failed;
+}
+
 int apm_map_idle(struct apm_map *pub) {
     const struct apm_map_full *map = (const struct apm_map_full *)pub;
     if (apm_is_forked())
         return APM_E_FORKED;
     pthread_mutex_lock(&lock);
-    bool quiet = map->running_sync == 0 && map->unreported == 0 && drained(map, 0) == 0;
+    bool quiet = map->running_sync == 0 && map->flush_failed == 0 && drained(map, 0) == 0;
     pthread_mutex_unlock(&lock);
     return quiet;
 }
@@ -534,7 +544,7 @@ static int accept_job(struct apm_channel *channel, const struct apm_job *job, ui
         map->pins++;
     if (job->kind == APM_JOB_DRAIN) {
         bool all = job->flags & APM_DRAIN_ALL;
-        record->code = map->unreported;
+        record->code = undrained(map, all);
         record->waits_for = all ? map->running_all + (map->unmap_sequence != 0) : map->running_sync;
         record->state = PARKED;
         if (record->waits_for == 0) {
