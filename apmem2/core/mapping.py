@@ -320,8 +320,8 @@ class Map:
     async def drain(self) -> None:
         """Wait for every flush and NODRAIN copy accepted before on this map, by whatever task or loop.
 
-        Durability: on return all of them are durable. Raises as `persist` if one of them failed; every later drain raises
-        as well, because those bytes are not durable.
+        Durability: on return all of them are durable. Raises as `persist` if one of them failed; every later drain
+        raises as well, because those bytes are not durable.
         """
         self._check_open()
         pending = self._strategy.drain(self)
