@@ -408,8 +408,11 @@ async def test_an_adoption_whose_warning_is_an_error_leaves_nothing() -> None:
 async def test_a_deleted_file_is_still_adopted(directory: Path) -> None:
     mm = shared(directory / "a")
     (directory / "a").unlink()
-    async with map_from_existing(mm) as m:
-        assert m.durability is Durability.POWER_LOSS
+    with pytest.warns(DurabilityWarning, match="does not survive"):  # no name leads to it after a cut
+        m = await map_from_existing(mm)
+    async with m:
+        assert m.durability is Durability.NONE
+        assert not m.source.is_anonymous
         await m.memcpy(0, b"x")
 
 
@@ -1414,13 +1417,13 @@ async def main():
     fd = file("deleted but open")
     mm = mmap.mmap(fd, 0)
     os.unlink("deleted but open")
-    await adopt(mm, known, None)
+    await adopt(mm, apmem2.Durability.NONE, os.path.abspath("deleted but open") + " (deleted)")
     os.close(fd)
     fd = file("deleted")
     mm = mmap.mmap(fd, 0)  # with a descriptor of its own
     os.unlink("deleted")
     os.close(fd)
-    await adopt(mm, known, None)
+    await adopt(mm, apmem2.Durability.NONE, os.path.abspath("deleted") + " (deleted)")
     await adopt(mmap.mmap(-1, 8192), apmem2.Durability.NONE, None)
 asyncio.run(main())
 print("done")

@@ -683,8 +683,14 @@ async def test_a_file_that_could_not_grow_is_what_it_was(directory: Path, faults
             faults.clear()
             if made < nth:
                 break
-            if refused:
+            if refused and call == "fallocate":
                 assert (directory / "a").read_bytes() == b"x" * 5000
+            elif refused:  # it may be longer, and stays so: another process may have mapped the new bytes by now
+                found = (directory / "a").read_bytes()
+                assert found[:5000] == b"x" * 5000
+                assert not any(found[5000:])
+                if call != "fsync":
+                    os.truncate(directory / "a", 5000)
             else:
                 os.truncate(directory / "a", 5000)
     assert (directory / "a").read_bytes() == b"x" * 5000 + bytes(95_000)

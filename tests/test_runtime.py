@@ -245,12 +245,12 @@ def test_a_pool_of_the_least_size_runs_everything(run_program: Any) -> None:
     run_program(
         """
 import asyncio, apmem2
-apmem2.configure(threads=4)
+apmem2.configure(threads=6)
 
 async def main():
     async with apmem2.open("a", size=1 << 16) as m, apmem2.open("b", size=1 << 16) as n:
         await asyncio.gather(*(x.memcpy(i, b"x") for i in range(200) for x in (m, n)))
-        assert apmem2.statistics().threads <= 4
+        assert apmem2.statistics().threads <= 6
 
 asyncio.run(main())
 """
@@ -328,7 +328,7 @@ def test_a_file_whose_round_hangs_holds_up_no_other_file(run_program: Any) -> No
         """
 import asyncio, os, apmem2
 from apmem2.native import lib
-apmem2.configure(threads=4)
+apmem2.configure(threads=6)
 
 async def main():
     async with apmem2.open("a", size=1 << 16) as hung, apmem2.open("b", size=1 << 16) as other:
@@ -460,10 +460,10 @@ def test_configure_comes_before_the_first_use_or_not_at_all(run_program: Any) ->
     run_program(
         """
 import asyncio, dataclasses, apmem2
-first = apmem2.configure(threads=4, inline_bytes_max=100, jobs_max=7, copy_bytes_max=0)
-assert (first.threads, first.inline_bytes_max, first.jobs_max, first.copy_bytes_max) == (4, 100, 7, 0)
-second = apmem2.configure(threads=5)
-assert (second.threads, second.jobs_max) == (5, 7) and first.threads == 4
+first = apmem2.configure(threads=6, inline_bytes_max=100, jobs_max=7, copy_bytes_max=0)
+assert (first.threads, first.inline_bytes_max, first.jobs_max, first.copy_bytes_max) == (6, 100, 7, 0)
+second = apmem2.configure(threads=7)
+assert (second.threads, second.jobs_max) == (7, 7) and first.threads == 6
 try:
     first.threads = 9
 except dataclasses.FrozenInstanceError:
@@ -484,7 +484,7 @@ async def main():
         assert len(runtime.bridge()._slots) <= 7
 
 asyncio.run(main())
-assert apmem2.core.config.settle().threads == 5
+assert apmem2.core.config.settle().threads == 7
 """
     )
 
@@ -499,7 +499,7 @@ import apmem2
 numbers = apmem2.statistics()
 assert numbers.submitted == numbers.threads == numbers.in_flight == 0 and numbers.jobs_per_round == 0.0
 assert apmem2.mappings() == [] and apmem2.find(1, 1 << 47) is None
-apmem2.configure(threads=4)
+apmem2.configure(threads=6)
 apmem2.Source.from_path("nowhere")
 apmem2.Source.from_fd(0)
 apmem2.Source.anonymous(1)

@@ -32,8 +32,8 @@ def configure(
 ) -> Settings:
     """Set the bounds of this process. Only before anything was opened: `RuntimeError` afterwards.
 
-    threads: upper bound of the pool's threads (4 to 1024), started when there is work for them. With n of them, n - 3
-    files may hang on their device before work on a healthy one has to wait.
+    threads: upper bound of the pool's threads (6 to 1024), started when there is work for them. A file that hangs on
+    its device holds three at most: with n of them, (n - 3) // 3 files may hang before a healthy one has to wait.
     inline_bytes_max: bytes up to which work at cache-line or byte granularity runs on the loop's own thread, because
     that is cheaper than the hop to another; 0: always the pool.
     jobs_max: jobs of one event loop that are handed to the pool at a time (1 to 1,048,576); more wait in the loop.
@@ -52,7 +52,7 @@ def configure(
         if value is not None
     }
     bounds = {
-        "threads": (4, 1024),
+        "threads": (6, 1024),
         "inline_bytes_max": (0, 1 << 40),
         "jobs_max": (1, 1 << 20),
         "copy_bytes_max": (0, 1 << 40),

@@ -7,8 +7,27 @@ cure), and is also the built-in exception that a caller would catch.
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from enum import IntEnum
-from errno import EACCES, EBUSY, EEXIST, EIO, EISDIR, ELOOP, ENOENT, ENOMEM, ENOTDIR, ENXIO, EPERM, EROFS
+from errno import (
+    EACCES,
+    EBADF,
+    EBUSY,
+    EDQUOT,
+    EEXIST,
+    EINVAL,
+    EIO,
+    EISDIR,
+    ELOOP,
+    ENOENT,
+    ENOMEM,
+    ENOSPC,
+    ENOTDIR,
+    ENXIO,
+    EPERM,
+    EROFS,
+)
 from typing import Any, ClassVar
 
 from apmem2.native import ffi, lib
@@ -52,8 +71,19 @@ class ErrorCode(IntEnum):
     CLOSED = -101013
 
 
+_NOT_THE_CALLER = {"apmem2", "asyncio", "contextlib"}
+
+
 class DurabilityWarning(UserWarning):
     """A map whose persists do not survive a power cut, or of which that is not known. Given once per map."""
+
+
+def warn_caller(message: str, category: type[Warning], source: object) -> None:
+    """Warn at the line of whoever called into the package: between it and here lie any number of frames."""
+    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, source=source, stacklevel=level)
 
 
 class PmemError(Exception):
@@ -240,7 +270,7 @@ class MissingFileError(OpenError, FileNotFoundError):
     """The file is not there, and was not to be created."""
 
     default_errno = ENOENT
-    default_hint = "Give a size to create it, or look at the path."
+    default_hint = "Look at the path."
 
 
 class DirectoryError(OpenError, IsADirectoryError):
@@ -259,7 +289,10 @@ class FileAccessError(OpenError, PermissionError):
     """The system does not allow the file to be opened as asked."""
 
     default_errno = EACCES
-    default_hint = "A read-only file can be mapped with map_new(..., protection=Protection.READ)."
+    default_hint = (
+        "Look at the permissions of the file, its directory and its file system; what may only be read can be mapped "
+        "with map_new(..., protection=Protection.READ)."
+    )
 
 
 class PersistError(PmemError, OSError):
@@ -338,6 +371,12 @@ _HINTS: dict[int, str] = {
     ErrorCode.NOT_CONTIGUOUS: "Adopt each mapping by itself.",
     ErrorCode.CACHE_NOT_DROPPED: "Something still maps it: unmap it everywhere, then open again.",
     ErrorCode.NO_ACCESS: "Open the descriptor read-write, or ask for Protection.READ.",
+    ErrorCode.NOT_MAPPED: "Give address and length of memory that is mapped, and keep its owner alive.",
+    -ENOSPC: "Nothing was made; free some space first.",
+    -EDQUOT: "Nothing was made; free some space first.",
+    -EINVAL: "This file cannot be mapped or synced like an ordinary one.",
+    -EBADF: "The descriptor is not open.",
+    -ELOOP: "Symbolic links are not followed: give the file itself.",
 }
 
 
@@ -371,9 +410,8 @@ def error_of(code: int, what: str, filename: str | None = None) -> PmemError:
         return kind(message, code=code, hint=_HINTS.get(code), filename=filename)
     if code == -ENOMEM:
         return OutOfMemoryError(message, code=code)
-    hint = "Symbolic links are not followed: give the file itself." if code == -ELOOP else None
     kind = _OPEN_BY_ERRNO.get(-code, OpenError)
-    return kind(message, code=code, hint=hint, errno=errno_of(code), filename=filename)
+    return kind(message, code=code, hint=_HINTS.get(code), errno=errno_of(code), filename=filename)
 
 
 def persist_error(code: int, what: str, filename: str | None) -> PmemError:
@@ -383,4 +421,6 @@ def persist_error(code: int, what: str, filename: str | None) -> PmemError:
         return NotMappedError(message, code=code)
     if code in (ErrorCode.FORKED, ErrorCode.STOPPED):
         return error_of(code, what)
-    return PersistError(message, code=code, errno=errno_of(code), filename=filename)
+    full = code in (-ENOSPC, -EDQUOT)
+    hint = "Free some space; files made with sparse=True need it when a page is stored into first." if full else None
+    return PersistError(message, code=code, hint=hint, errno=errno_of(code), filename=filename)

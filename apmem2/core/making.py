@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 import os
-import sys
-import warnings
 from typing import Any, overload
 
 from apmem2.core import runtime
@@ -18,30 +15,38 @@ from apmem2.core.errors import (
     OutOfRangeError,
     PmemError,
     error_of,
+    warn_caller,
 )
 from apmem2.core.granularity import Durability, Granularity, Protection, Sharing
 from apmem2.core.mapping import Map, registry
 from apmem2.core.opening import Opening
-from apmem2.core.ranges import Buffer, Pin, pin, raw
+from apmem2.core.ranges import Buffer, Pin, is_number, pin, raw, whole
 from apmem2.core.registry import Interval
-from apmem2.core.source import Opened, Source, StrPath, adopted_source, failed_before, open_file
+from apmem2.core.source import (
+    Opened,
+    Source,
+    StrPath,
+    adopted_source,
+    failed_before,
+    is_anonymous_name,
+    open_file,
+)
 from apmem2.native import ffi, lib
 
 
 def _warn_of_durability(found: Map) -> None:
+    word = os.environ.get("PMEM2_FORCE_GRANULARITY")
+    if word and lib.apm_forced_granularity() < 0:
+        warn_caller(
+            f"PMEM2_FORCE_GRANULARITY={word!r} is none of BYTE, CACHE_LINE and PAGE: it is ignored",
+            RuntimeWarning,
+            found,
+        )
     if found.durability is Durability.POWER_LOSS:
         return
     meaning = "does not survive" if found.durability is Durability.NONE else "is not known to survive"
-    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("apmem2."):
-        level, frame = level + 1, frame.f_back  # whoever awaited the opener: another number of frames each time
     try:
-        warnings.warn(
-            f"{found!r}: what is persisted here {meaning} a power cut",
-            DurabilityWarning,
-            source=found,
-            stacklevel=level,
-        )
+        warn_caller(f"{found!r}: what is persisted here {meaning} a power cut", DurabilityWarning, found)
     except BaseException:  # warnings are errors here: nobody gets the map, so nobody would close it
         found.drop("its warning was raised as an error")
         raise
@@ -133,7 +138,9 @@ def open(
     `GranularityNotSupportedError`. Warns (`DurabilityWarning`) where persists do not survive a power cut.
     """
     source = Source.from_path(path)
-    wanted = 0 if size is None else operator.index(size)
+    wanted = 0 if size is None else whole(size, "size")
+    if not 0 <= whole(mode, "mode") <= 0o777:
+        raise ValueError(f"mode must be permission bits from 0 to 0o777, not {mode:#o}")
     if size is not None and wanted <= 0:
         raise OutOfRangeError(f"size must be above 0, not {wanted}")
     if wanted >= 1 << 63:
@@ -199,9 +206,13 @@ def map_new(
     share = Sharing(sharing)
     protect = Protection(protection)
     page = int(lib.apm_page_size())
-    start = operator.index(offset)
+    start = whole(offset, "offset")
     if protect & ~(Protection.EXEC | Protection.READ | Protection.WRITE):
-        raise InvalidSourceError("protection has bits that are none of Protection", code=ErrorCode.INVALID_PROT_FLAG)
+        raise InvalidSourceError(
+            "protection has bits that are none of Protection",
+            code=ErrorCode.INVALID_PROT_FLAG,
+            hint="Combine Protection.READ, WRITE and EXEC.",
+        )
     if start < 0:
         raise OutOfRangeError(f"offset must be 0 or more, not {start}", code=ErrorCode.OFFSET_OUT_OF_RANGE)
     if start % page:
@@ -209,7 +220,7 @@ def map_new(
             f"offset {start} is not a multiple of the page size ({page})", code=ErrorCode.OFFSET_UNALIGNED
         )
     if length is not None:
-        if operator.index(length) <= 0:
+        if whole(length, "length") <= 0:
             raise OutOfRangeError(f"length must be above 0, not {length}", hint="None maps to the end.")
         if length % page:
             raise OutOfRangeError(
@@ -272,17 +283,19 @@ def map_from_existing(
     intervals: touching is allowed). `aclose` ends the object and never unmaps. Advice and cached pages of the mapping
     are not touched.
 
-    Durability: nothing by itself; what happened before the adoption cannot be known.
+    Durability: nothing by itself; what happened before the adoption cannot be known. The name and size of a file that
+    somebody else made are theirs to make durable: fsync it and its directory once (what `open` makes is durable).
     Raises: `MappingExistsError` (`.existing`), `PrivateMemoryError`, `NotMappedError`, `OtherFileError`,
     `GranularityNotSupportedError` (a claim finer than the kernel grants), `OutOfRangeError`, `MapFailedError`.
     """
     if source is not None and not isinstance(source, Source):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"source must be a Source, not {type(source).__name__}")
     claimed = -1 if granularity is None else int(Granularity(granularity))
-    if isinstance(where, int):
+    if is_number(where):
+        where = whole(where, "address")
         if length is None:
             raise TypeError("map_from_existing(address) needs a length as well")
-        size = operator.index(length)
+        size = whole(length, "length")
         if where <= 0 or size <= 0 or where + size > 1 << 64:
             code = ErrorCode.ADDRESS_NULL if where == 0 else ErrorCode.LENGTH_OUT_OF_RANGE
             raise OutOfRangeError(
@@ -335,7 +348,7 @@ async def _adopt(held: Pin, source: Source | None, claimed: int) -> Map:
 
     # Waited for to its end even when cancelled: it takes microseconds, and the caller's buffer must be free after it.
     await runtime.control(lib.APM_JOB_ADOPT, request, fail, undo=undo, keep=(held, opened), to_the_end=True)
-    if source is not None and source.is_anonymous and not _is_anonymous_name(name()):
+    if source is not None and source.is_anonymous and not is_anonymous_name(name()):
         undo()
         raise OtherFileError(f"{what}: a file is mapped there ({name()}), not anonymous memory")
     path = source.path if source is not None else name() or None
@@ -348,10 +361,6 @@ async def _adopt(held: Pin, source: Source | None, claimed: int) -> Map:
         raise
     _warn_of_durability(made)
     return made
-
-
-def _is_anonymous_name(name: str) -> bool:
-    return name.startswith(("/dev/zero", "/memfd:", "/SYSV", "[anon_shmem"))
 
 
 async def _claim(made: Map, what: str) -> Interval[Map]:
@@ -380,8 +389,14 @@ async def _claim(made: Map, what: str) -> Interval[Map]:
 async def _still_there(existing: Map) -> bool:
     request = ffi.new("struct apm_check_request *")
 
+    owner = existing.memory()
+    if owner is None:
+        return False
+
     def fail(code: int) -> PmemError:
         return error_of(code, "looking at the kernel's table of mappings")
 
-    await runtime.control(lib.APM_JOB_CHECK, request, fail, keep=existing, handle=existing.handle, to_the_end=True)
+    await runtime.control(
+        lib.APM_JOB_CHECK, request, fail, keep=(existing, owner), handle=existing.handle, to_the_end=True
+    )
     return bool(request.still_there)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import operator
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
@@ -19,10 +18,11 @@ from apmem2.core.errors import (
     PersistError,
     PmemError,
     persist_error,
+    warn_caller,
 )
 from apmem2.core.granularity import Durability, Granularity, MemFlags, Protection, Sharing
 from apmem2.core.persist import Data, Inline, Pooled
-from apmem2.core.ranges import Buffer, Pin, Touched
+from apmem2.core.ranges import Buffer, Pin, Touched, is_number, pieces_of, whole
 from apmem2.core.registry import Interval, Registry
 from apmem2.core.runtime import Operation
 from apmem2.core.source import OpenFile, Source
@@ -33,13 +33,20 @@ _SHARED_BLOCKS = 256  # blocks of one strided buffer that are under way at a tim
 registry: Registry[Map]
 
 
+def _is_mapped(address: int, size: int) -> bool:
+    """Does it lie in a map of ours, so that reading it may wait for the file?"""
+    return registry.overlapping(address, size) is not None
+
+
 def find(address: int, length: int) -> Map | None:
     """The registered map with the lowest address that overlaps [address, address + length), or None."""
-    return registry.find(address, length)
+    runtime.check_forked()
+    return registry.find(whole(address, "address"), whole(length, "length"))
 
 
 def mappings() -> list[Map]:
     """All registered maps of this process, by address."""
+    runtime.check_forked()
     return registry.owners()
 
 
@@ -52,37 +59,33 @@ class Map:
 
     __slots__ = (
         "__weakref__",
+        "_address",
         "_closed",
         "_closing",
         "_disowned",
+        "_durability",
         "_file",
+        "_granularity",
         "_interval",
         "_owner",
+        "_size",
         "_source",
         "_strategy",
         "_view",
         "_why_closed",
         "_writable",
-        "address",
-        "durability",
-        "granularity",
         "handle",
         "pointer",
-        "size",
     )
 
     def __init__(self, pointer: Any, source: Source, path: str | None, held: Pin | None) -> None:
         settings = config.settle()
         self.pointer: Any = ffi.gc(pointer, lib.apm_map_release)
         self.handle = int(ffi.cast("uintptr_t", pointer))
-        self.address: int = int(pointer.address)
-        """First byte of the memory."""
-        self.size: int = int(pointer.length)
-        """Bytes."""
-        self.granularity = Granularity(int(pointer.granularity))
-        """What a persist works with: effective, not asked for."""
-        self.durability = Durability(int(pointer.durability))
-        """What a completed persist means on this medium."""
+        self._address = int(pointer.address)
+        self._size = int(pointer.length)
+        self._granularity = Granularity(int(pointer.granularity))
+        self._durability = Durability(int(pointer.durability))
         self._source = source
         self._file = None if pointer.file == ffi.NULL else OpenFile.of(pointer.file, path)
         self._closing = False
@@ -111,6 +114,26 @@ class Map:
         self._strategy: Pooled = Pooled() if pooled else Inline(settings.inline_bytes_max)
 
     # ---- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> int:
+        """First byte of the memory."""
+        return self._address
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
+    @property
+    def granularity(self) -> Granularity:
+        """What a persist works with: effective, not asked for."""
+        return self._granularity
+
+    @property
+    def durability(self) -> Durability:
+        """What a completed persist means on this medium."""
+        return self._durability
 
     @property
     def source(self) -> Source:
@@ -142,9 +165,10 @@ class Map:
     @property
     def failed(self) -> PmemError | None:
         """The first failure of a sync of this file in this process, or None."""
+        runtime.check_forked()
         if self._file is None:
             return None
-        if self._file.failure is None and not self._closed and not runtime.is_forked():
+        if self._file.failure is None and not self._closed:
             code: int = lib.apm_map_failed(self.pointer)
             if code < 0:
                 self._file.latch(self._persist_error(code))
@@ -159,7 +183,7 @@ class Map:
         return self.size
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else "failed" if self.failed else "open"
+        state = "forked" if runtime.is_forked() else "closed" if self.closed else "failed" if self.failed else "open"
         return (
             f"<apmem2.Map {self._source!r} address={self.address:#x} size={self.size} "
             f"{self.granularity.name} {self.durability.name} {state}>"
@@ -205,7 +229,7 @@ class Map:
             return self._failed_error()
         error = self._persist_error(code)
         if self._file is not None and isinstance(error, PersistError) and lib.apm_map_failed(self.pointer) < 0:
-            self._file.latch(error)
+            self._file.latch(self._persist_error(code))  # not what is raised: its traceback holds the caller's views
         return error
 
     def _persist_error(self, code: int) -> PmemError:
@@ -224,10 +248,13 @@ class Map:
             self._check_open()
         if size is None:
             if offset is None:
-                return 0, self.size
+                return 0, self._size
             raise TypeError(f"{what}(offset) needs a size as well: {what}(offset, size), {what}(buffer) or {what}()")
-        start, length = operator.index(offset), operator.index(size)
-        if start < 0 or length < 0 or start + length > self.size:
+        if type(offset) is int and type(size) is int:
+            start, length = offset, size
+        else:
+            start, length = whole(offset, "offset"), whole(size, "size")
+        if start < 0 or length < 0 or start + length > self._size:
             raise OutOfRangeError(
                 f"{what}: [{start}, {start + length}) does not lie inside the map of {self.size} bytes",
                 hint="Offsets are bytes from the start of the map.",
@@ -239,15 +266,16 @@ class Map:
         self._check_open()
         unit = int(lib.apm_page_size()) if self.granularity is Granularity.PAGE else int(lib.apm_cpu().line_size)
         touched = Touched(buffer, unit)
-        start = touched.address - self.address
+        start = touched.address - self._address
         if touched.size == 0 and (start < 0 or start > self.size):
             return []  # an empty buffer has no place of its own
-        if start < 0 or start + touched.size > self.size:
+        if start < 0 or start + touched.size > self._size:
             raise OutOfRangeError(
                 f"{what}: the buffer does not lie inside the map",
-                hint="Give a slice of m.view, or of the buffer that was adopted.",
+                hint="Give a slice of m.view, or of the buffer that was adopted. (numpy copies for w[3] and w[[1, 2]]: "
+                "say w[3:4].)",
             )
-        return ((address - self.address, size) for address, size in touched)
+        return ((address - self._address, size) for address, size in touched)
 
     # ---- making durable ----------------------------------------------------------------------------------------------
 
@@ -269,7 +297,7 @@ class Map:
         `ClosedError`, `OutOfRangeError`. Cancelled before it began, nothing is submitted; after that it goes on in the
         background.
         """
-        if size is None and offset is not None and not isinstance(offset, int):
+        if size is None and offset is not None and not is_number(offset):
             started: list[Operation] = []
             try:
                 for start, length in self._touched(offset, "persist"):
@@ -305,7 +333,7 @@ class Map:
 
         Durability: none yet; `drain` returns when it is durable, and raises if it failed.
         """
-        if size is None and offset is not None and not isinstance(offset, int):
+        if size is None and offset is not None and not is_number(offset):
             for start, length in self._touched(offset, "flush"):
                 pending = self._strategy.flush(self, start, length)
                 if pending is not None:
@@ -335,7 +363,8 @@ class Map:
 
         data: any buffer. Up to `configure(copy_bytes_max=…)` bytes are copied at the call; longer data is read in the
         pool and must stay unchanged until that has ended, cancelled or not. It may overlap the destination, also
-        through another map of the same file. flags: see `MemFlags`.
+        through another map of the same file. Data that is not contiguous is copied and written piece by piece.
+        flags: see `MemFlags`.
 
         Durability: flags 0: durable on return. NODRAIN: after the next `drain`. NOFLUSH: after a later `persist`. The
         bytes show in the view on return in every case.
@@ -343,7 +372,13 @@ class Map:
         """
         self._check_writable()
         bits = self._flags(flags)
-        source = Data(data, config.settle().copy_bytes_max)
+        copied_max = config.settle().copy_bytes_max
+        if type(data) is not bytes and (pieces := pieces_of(data, copied_max)) is not None:
+            _ = self._range(offset, pieces.size, "memcpy")
+            for place, piece in pieces:
+                await self.memcpy(offset + place, piece, bits)
+            return
+        source = Data(data, copied_max, _is_mapped)
         start, length = self._range(offset, source.size, "memcpy")
         if length:
             pending = self._strategy.copy(self, start, source, bits)
@@ -358,10 +393,10 @@ class Map:
         """Set size bytes from offset on to value (0 to 255). Durability and errors as for `memcpy`."""
         self._check_writable()
         bits = self._flags(flags)
-        byte = operator.index(value)
+        byte = whole(value, "value")
         if not 0 <= byte <= 255:
             raise ValueError(f"value must be from 0 to 255, not {byte}")
-        start, length = self._range(offset, size, "memset")
+        start, length = self._range(offset, whole(size, "size"), "memset")
         if length:
             pending = self._strategy.fill(self, start, byte, length, bits)
             if pending is not None:
@@ -370,11 +405,14 @@ class Map:
     def _check_writable(self) -> None:
         self._check_open()
         if not self._writable:
-            raise AccessError(f"{self._name()} may only be read", hint="Map it with Protection.WRITE.")
+            raise AccessError(
+                f"{self._name()} may only be read",
+                hint="Map it with Protection.WRITE, or adopt a writable buffer (mode='r+', ACCESS_WRITE).",
+            )
 
     @staticmethod
     def _flags(flags: int) -> int:
-        bits = operator.index(flags)
+        bits = whole(flags, "flags")
         if bits & ~0x3F:
             raise ValueError(f"flags are those of MemFlags, not {bits:#x}")
         return bits
@@ -408,14 +446,14 @@ class Map:
             if self._disowned:
                 await self._strategy.drain_all(self, None)  # told of an error or not, it is unmapped on return
             raise
+        runtime.sweep()  # loops that were closed in the middle may have held the memory
         if self._disowned:
             await self._strategy.drain_all(self, None)  # until it is unmapped
         else:
-            warnings.warn(
+            warn_caller(
                 f"{self._name()} was closed while views of it are alive; it is unmapped when the last of them is gone",
                 ResourceWarning,
-                source=self,
-                stacklevel=2,
+                self,
             )
 
     def _finish(self) -> None:
@@ -429,6 +467,10 @@ class Map:
         self._closed = True
         self._view = None
         self._owner = None
+
+    def memory(self) -> object:
+        """The owner of the memory, whatever else is the matter with the map; None: it has let go of it."""
+        return self._owner
 
     def registered(self, interval: Interval[Map]) -> None:
         """Its place in the registry, from now to its end."""

@@ -48,6 +48,17 @@ class Opening(Generic[T]):
         if self._opened is not None:
             await self._opened.aclose()
 
+    def __enter__(self) -> T:
+        raise TypeError(f"{self._name}(...) is entered with `async with`, not with `with`")
+
+    def __exit__(self, *_: object) -> None:
+        """Never reached."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(f"{self._name}(...) has to be awaited or entered first: x = await {self._name}(...)")
+
     def __del__(self) -> None:
         if self._begin is not None:
             warnings.warn(f"{self._name}(...) was never awaited or entered", RuntimeWarning, source=self, stacklevel=2)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from apmem2.core import runtime
 from apmem2.core.errors import PmemError
 from apmem2.core.granularity import MemFlags
+from apmem2.core.ranges import as_view
 from apmem2.core.runtime import Operation
 from apmem2.native import ffi, lib
 
@@ -41,14 +42,21 @@ class Data:
 
     __slots__ = ("address", "cdata", "owned", "size")
 
-    def __init__(self, data: Any, copy_bytes_max: int) -> None:
+    def __init__(self, data: Any, copy_bytes_max: int, is_mapped: Callable[[int, int], bool]) -> None:
         self.owned = True
         if type(data) is not bytes:
-            view = memoryview(data)
-            if view.nbytes <= copy_bytes_max or not view.c_contiguous:
+            view = as_view(data, "data")
+            short = view.nbytes <= copy_bytes_max
+            if short and view.c_contiguous and type(data) is not bytearray:
+                cdata = ffi.from_buffer(
+                    view
+                )  # what lies in a map is read in the pool: it may have to come from the file
+                short = not is_mapped(int(ffi.cast("uintptr_t", cdata)), view.nbytes)
+            if short or not view.c_contiguous:
                 data = view.tobytes()  # read once, here: the caller may change it from now on (law 6)
             else:
                 self.owned = False
+                data = view
         self.cdata = ffi.from_buffer(data)
         self.size = len(self.cdata)
         self.address = int(ffi.cast("uintptr_t", self.cdata))

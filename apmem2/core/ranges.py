@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import operator
+import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -48,6 +50,36 @@ class _PyBuffer(ctypes.Structure):
     )
 
 
+def whole(value: Any, name: str) -> int:
+    """A whole number (Python's or numpy's, no bool), or a TypeError that names the parameter."""
+    kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
+    if kind is bool or not hasattr(kind, "__index__"):
+        raise TypeError(f"{name} must be a whole number, not {kind.__name__}")
+    return operator.index(value)
+
+
+def is_number(value: object) -> bool:
+    """Is it meant as a number? numpy's integers have the buffer protocol as well."""
+    return hasattr(type(value), "__index__") and not hasattr(type(value), "__setitem__")
+
+
+def as_view(buffer: Any, name: str) -> memoryview:
+    """The buffer as a memoryview. A TypeError that names the parameter where there is none; pointers are refused."""
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a buffer (bytes, memoryview, numpy array, mmap ...), not {type(buffer).__name__}"
+        ) from None
+    except ValueError:
+        if not hasattr(buffer, "dtype"):
+            raise
+        view = memoryview(buffer.view("i8"))  # datetime64 and timedelta64: numbers that the protocol has no word for
+    if "O" in view.format and "O" in re.sub(":[^:]*:", "", view.format):
+        raise ValueError(f"{name} holds Python objects: their addresses mean nothing in a file")
+    return view
+
+
 class Pin:
     """A hold on somebody's buffer: while it lives, the buffer cannot be closed. Over a raw address it holds nothing."""
 
@@ -78,7 +110,9 @@ def raw(address: int, size: int) -> Pin:
 
 def pin(buffer: Any) -> Pin:
     """Hold a contiguous buffer."""
-    view = memoryview(buffer)
+    view = as_view(buffer, "buffer")
+    if view.format == "q" and getattr(getattr(buffer, "dtype", None), "kind", "") in ("m", "M"):
+        buffer = buffer.view("i8")
     if not view.contiguous:
         raise ValueError("only a contiguous buffer can be adopted: adopt the whole array, persist slices of it")
     read_only = view.readonly
@@ -107,6 +141,31 @@ def _below(buffer: Any) -> list[memoryview]:
     return found
 
 
+class Pieces:
+    """Data that is not contiguous, in pieces along its first dimension: (place in bytes, piece). `size`: all bytes."""
+
+    __slots__ = ("_count", "_data", "_each", "size")
+
+    def __init__(self, data: Any, view: memoryview, piece_bytes: int) -> None:
+        self._data = data
+        self._count = (view.shape or (1,))[0]
+        self.size = view.nbytes
+        self._each = max(1, piece_bytes * self._count // view.nbytes)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        row = self.size // self._count
+        for first in range(0, self._count, self._each):
+            yield first * row, self._data[first : first + self._each]
+
+
+def pieces_of(data: Any, piece_bytes: int) -> Pieces | None:
+    """How to copy data that is not contiguous without standing still for all of it. None: contiguous, or short."""
+    view = as_view(data, "data")
+    if view.c_contiguous or view.nbytes <= piece_bytes or (view.shape or (1,))[0] <= 1:
+        return None
+    return Pieces(data, view, max(piece_bytes, 1))
+
+
 def _first_element(buffer: Any) -> int:
     """The address of element 0. Asked through the buffer protocol's own door: no other one takes strided buffers."""
     found = _PyBuffer()
@@ -125,7 +184,9 @@ class Touched:
     __slots__ = ("_block", "_steps", "address", "size")
 
     def __init__(self, buffer: Any, unit: int) -> None:
-        view = memoryview(buffer)
+        view = as_view(buffer, "buffer")
+        if view.format == "q" and getattr(getattr(buffer, "dtype", None), "kind", "") in ("m", "M"):
+            buffer = buffer.view("i8")
         if view.suboffsets:
             raise ValueError("buffers with suboffsets are not supported")
         self._steps: list[tuple[int, int]] = []

@@ -345,7 +345,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_lock = threading.Lock()  # guards the two below; held for moments only
+_lock = threading.RLock()  # guards the two below; held for moments only; a collection inside it may close a map
 _bridges: list[Bridge] = []
 _at_exit_set = False
 _forked = False
@@ -373,13 +373,24 @@ def bridge() -> Bridge:
     return found
 
 
+def _retire_closed() -> None:  # _lock held
+    _bridges[:] = [known for known in _bridges if not (known.loop.is_closed() and known.retire())]
+
+
+def sweep() -> None:
+    """Let go of what jobs of closed loops held, as far as they have ended."""
+    if any(known.loop.is_closed() for known in _bridges):
+        with _lock:
+            _retire_closed()
+
+
 def _bridge_of(loop: asyncio.AbstractEventLoop) -> Bridge:
     global _at_exit_set
     with _lock:
         for known in _bridges:
             if known.loop is loop:
                 return known
-        _bridges[:] = [known for known in _bridges if not (known.loop.is_closed() and known.retire())]
+        _retire_closed()
         fresh = Bridge(loop)
         _bridges.append(fresh)
         if not _at_exit_set:

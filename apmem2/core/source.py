@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass
+from errno import ENOENT
 from typing import Any, ClassVar
 
 from apmem2.core import runtime
@@ -98,7 +99,12 @@ async def open_file(
             message = f"{what}: the file has {found} bytes, not {size}"
             hint = None if size > found else "Leave size out to take the file as it is; files are never cut here."
             return SizeMismatchError(message, expected=size, found=found, hint=hint)
-        return failed_before(code, int(request.cause), what, path)
+        error = failed_before(code, int(request.cause), what, path)
+        if code == -ENOENT and flags & lib.APM_OPEN_CREATE:
+            error.hint = f"Make the directory first: {os.path.dirname(path or '') or '.'}"
+        elif code == -ENOENT:
+            error.hint = "It was not to be created: give a size (and create=True) for that, or look at the path."
+        return error
 
     def undo() -> None:
         lib.apm_file_release(request.file)
@@ -139,6 +145,8 @@ class Source:
         fd: open for reading, and for writing if it is to be mapped so. It is re-opened in the pool at the first use,
         not needed after that, and never closed.
         """
+        if isinstance(fd, bool):
+            raise TypeError("fd must be a descriptor, not bool")
         number = operator.index(fd)
         if number < 0:
             raise ValueError(f"a descriptor is a whole number from 0 on, not {fd!r}")
@@ -157,8 +165,10 @@ class Source:
     @classmethod
     def anonymous(cls, size: int) -> Source:
         """Memory of size bytes without a file. Its durability is NONE."""
-        if size <= 0:
-            raise OutOfRangeError(f"anonymous memory needs a size above 0, not {size}")
+        if isinstance(size, bool) or not isinstance(size, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"size must be a whole number, not {type(size).__name__}")
+        if not 0 < size < 1 << 63:
+            raise OutOfRangeError(f"anonymous memory needs a size from 1 to 2**63 - 1, not {size}")
         return cls(size=size)
 
     @property
@@ -198,7 +208,13 @@ class Source:
 
 
 def adopted_source(name: str, length: int) -> Source:
-    """The source of a mapping that somebody else made, from the name that the kernel gives it."""
-    if name.startswith("/") and not name.endswith(" (deleted)"):
-        return Source(path=name)
-    return Source(size=length)
+    """The source of a mapping that somebody else made, from the name that the kernel gives it.
+
+    A file that has no name any more keeps the kernel's word for it, and cannot be opened again.
+    """
+    return Source(size=length) if is_anonymous_name(name) else Source(path=name)
+
+
+def is_anonymous_name(name: str) -> bool:
+    """Does the kernel call anonymous shared memory so?"""
+    return not name or name.startswith(("/dev/zero", "/SYSV", "[anon_shmem"))

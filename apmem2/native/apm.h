@@ -269,10 +269,10 @@ struct apm_result {
 
 struct apm_channel;
 
-/* Sets the pool up, starts no thread: threads come with the first jobs, at most threads_max (4 to 1024) of
+/* Sets the pool up, starts no thread: threads come with the first jobs, at most threads_max (6 to 1024) of
  * them. Each lane leaves the others at least one: rounds; plain copies and reading in, at most two of them for
- * a file; opening and mapping; the pool's own errands. So threads_max - 3 files may hang before a healthy one
- * has to wait. Once per process; later calls return -EALREADY. */
+ * a file; opening and mapping; the pool's own errands. A file that hangs holds three threads at most, so
+ * (threads_max - 3) / 3 files may hang before a healthy one has to wait. Once per process; later calls return -EALREADY. */
 int apm_pool_configure(uint32_t threads_max);
 
 /* A channel is where completions of one event loop arrive: a list and an eventfd (non-blocking, close on

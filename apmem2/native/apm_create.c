@@ -11,12 +11,19 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+/* Cancelled until here, a creation leaves nothing; from the link on there is a whole file. */
+static int still_wanted(const struct apm_open_request *request) {
+    return __atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE) ? APM_E_WITHDRAWN : 0;
+}
+
 /* Does a trick not exist here, in this kernel, file system or sandbox? (law 16) */
 static bool refused(int result) {
     return result == -EOPNOTSUPP || result == -ENOSYS || result == -EINVAL || result == -EPERM;
 }
 
-static int allocate(int fd, uint64_t from, const struct apm_open_request *request) {
+/* finish: from the first zero on it goes to the end, cancelled or not. */
+static int allocate(int fd, uint64_t from, const struct apm_open_request *request, bool finish) {
+    static const uint32_t never = 0;
     int result;
     uint64_t to = request->size;
     if (to > INT64_MAX)
@@ -32,22 +39,18 @@ static int allocate(int fd, uint64_t from, const struct apm_open_request *reques
     if (result < 0 && !refused(-errno))
         return -errno;
     /* Where fallocate is unknown, the writing itself allocates (law 16). */
-    return apm_sync_zero(fd, from, to, &request->abandoned);
+    result = still_wanted(request);
+    return result < 0 ? result : apm_sync_zero(fd, from, to, finish ? &never : &request->abandoned);
 }
 
 int apm_extend_file(int fd, uint64_t from, const struct apm_open_request *request) {
-    return allocate(fd, from, request);
+    return allocate(fd, from, request, true);
 }
 
 void apm_cut_file(int fd, uint64_t size) {
     int result;
     APM_OUTSIDE(result, APM_CALL_FTRUNCATE, fd, 0, size, ftruncate(fd, (off_t)size));
     (void)result; /* it was a kindness */
-}
-
-/* Cancelled until here, a creation leaves nothing; from the link on there is a whole file. */
-static int still_wanted(const struct apm_open_request *request) {
-    return __atomic_load_n(&request->abandoned, __ATOMIC_ACQUIRE) ? APM_E_WITHDRAWN : 0;
 }
 
 static int unlink_name(int directory, const char *name) {
@@ -86,7 +89,7 @@ static int settle_name(int fd, int directory, const char *name, uint64_t *inode)
 
 /* Whole and durable, under no name or a temporary one. */
 static int fill(int fd, const struct apm_open_request *request) {
-    int result = allocate(fd, 0, request);
+    int result = allocate(fd, 0, request, false);
     if (result == 0)
         result = apm_sync_file(fd);
     return result == 0 ? still_wanted(request) : result;
@@ -97,8 +100,8 @@ static int fill(int fd, const struct apm_open_request *request) {
 static int create_named(int directory, const char *name, const struct apm_open_request *request, uint64_t *inode) {
     static uint32_t counter;
     char temporary[64];
-    snprintf(temporary, sizeof temporary, ".apmem2-%ld-%u.tmp", (long)getpid(),
-             __atomic_add_fetch(&counter, 1, __ATOMIC_RELAXED));
+    snprintf(temporary, sizeof temporary, ".apmem2-%ld-%u-%llx.tmp", (long)getpid(),
+             __atomic_add_fetch(&counter, 1, __ATOMIC_RELAXED), (unsigned long long)apm_now_ns());
     int fd;
     APM_OUTSIDE(fd, APM_CALL_OPEN, directory, 0, 0,
                 openat(directory, temporary, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,

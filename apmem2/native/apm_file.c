@@ -70,7 +70,7 @@ static void close_fd(int fd) {
 }
 
 /* A description that nobody needs: closed, or left open until the process ends where closing it would do harm. */
-static void discard(int fd, uint64_t inode) {
+void apm_file_discard(int fd, uint64_t inode) {
     if (fd >= 0 && !has_posix_lock(inode))
         close_fd(fd);
 }
@@ -191,7 +191,7 @@ static int reopen(int handle, const struct stat *about, bool must_write, int dir
         if (fd >= 0) {
             struct stat now;
             if (fstat(fd, &now) != 0 || now.st_ino != about->st_ino || now.st_dev != about->st_dev) {
-                discard(fd, now.st_ino);
+                apm_file_discard(fd, about->st_ino);
                 return -ESTALE; /* somebody put another file under this name */
             }
             *writable = write;
@@ -232,6 +232,8 @@ static void fill_in(struct apm_file_full *file, const struct stat *about, int fd
     file->pub.range_sync = medium.range_sync;
     file->pub.durability = is_dup && medium.durability == APM_DURABILITY_POWER_LOSS ? APM_DURABILITY_UNKNOWN
                                                                                     : medium.durability;
+    if (about->st_nlink == 0)
+        file->pub.durability = APM_DURABILITY_NONE; /* no name leads to it, so nobody will read it after a cut */
     file->pub.file_system = medium.file_system;
     file->pub.is_dup = is_dup;
     probe_identity(&file->pub, about);
@@ -244,8 +246,6 @@ int apm_file_obtain(int handle, const struct stat *about, bool must_write, int d
     uint64_t serial_before = 0;
     pthread_mutex_lock(&files_lock);
     struct apm_file_full *file = find(about->st_dev, about->st_ino);
-    if (file)
-        file->joined = true;
     int failure = file ? apm_file_failure(&file->pub) : 0;
     if (failure && file->maps > 0) {
         pthread_mutex_unlock(&files_lock);
@@ -269,7 +269,8 @@ int apm_file_obtain(int handle, const struct stat *about, bool must_write, int d
     pthread_mutex_unlock(&files_lock);
 
     int fd = reopen(handle, about, must_write, directory, name, &writable);
-    if (fd < 0 && !must_write && !(fcntl(handle, F_GETFL) & O_PATH)) {
+    bool may_not = fd == -EACCES || fd == -EPERM || fd == -ENOENT;
+    if (may_not && !must_write && !(fcntl(handle, F_GETFL) & O_PATH)) {
         /* better a shared memory of errors than none; durability is UNKNOWN then */
         fd = fcntl(handle, F_DUPFD_CLOEXEC, 0);
         if (fd < 0)
@@ -282,14 +283,14 @@ int apm_file_obtain(int handle, const struct stat *about, bool must_write, int d
     if (failed_before) {
         int result = purge(fd);
         if (result < 0) {
-            discard(fd, about->st_ino);
+            apm_file_discard(fd, about->st_ino);
             *cause = failure;
             return result;
         }
     }
     struct apm_file_full *fresh = apm_allocate(sizeof *fresh);
     if (!fresh) {
-        discard(fd, about->st_ino);
+        apm_file_discard(fd, about->st_ino);
         return -ENOMEM;
     }
     fill_in(fresh, about, fd, writable, is_dup);
@@ -344,7 +345,7 @@ int apm_file_obtain(int handle, const struct stat *about, bool must_write, int d
         file->retained = false;
     }
     pthread_mutex_unlock(&files_lock);
-    discard(spare, about->st_ino);
+    apm_file_discard(spare, about->st_ino);
     free(fresh);
     if (result == 0)
         *out = &file->pub;
@@ -352,6 +353,10 @@ int apm_file_obtain(int handle, const struct stat *about, bool must_write, int d
 }
 
 /* ---- changes of size, and what is durable of a file: the marks are the table's ------------------------------------ */
+
+static struct flock growth_byte(short type) {
+    return (struct flock){.l_type = type, .l_whence = SEEK_SET, .l_start = INT64_MAX - 1, .l_len = 1};
+}
 
 /* One change of size at a time, in this process by a mark, among processes by a lock on a byte that nobody maps. The lock
  * is a description's own (OFD) and never waits: who holds the whole file locked has it refused, not hung. */
@@ -362,11 +367,10 @@ int apm_file_begin_growing(struct apm_file *pub, int *lock_fd) {
     while (file->growing)
         pthread_cond_wait(&grown, &files_lock);
     file->growing = true;
-    file->joined = false;
     pthread_mutex_unlock(&files_lock);
     snprintf(own, sizeof own, "/proc/self/fd/%d", apm_file_fd(&file->pub));
     APM_OUTSIDE(*lock_fd, APM_CALL_OPEN, file->pub.inode, 0, 0, open(own, O_RDWR | O_CLOEXEC));
-    struct flock byte = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = INT64_MAX - 1, .l_len = 1};
+    struct flock byte = growth_byte(F_WRLCK);
     if (*lock_fd >= 0 && fcntl(*lock_fd, F_OFD_SETLK, &byte) < 0 && (errno == EAGAIN || errno == EACCES))
         return -EBUSY;
     return 0; /* no /proc, no such locks: only this process is kept out (law 16) */
@@ -374,18 +378,14 @@ int apm_file_begin_growing(struct apm_file *pub, int *lock_fd) {
 
 void apm_file_end_growing(struct apm_file *pub, int lock_fd) {
     struct apm_file_full *file = (struct apm_file_full *)pub;
-    discard(lock_fd, file->pub.inode);
+    struct flock byte = growth_byte(F_UNLCK); /* given back by name: the descriptor may have to stay open */
+    if (lock_fd >= 0)
+        (void)fcntl(lock_fd, F_OFD_SETLK, &byte);
+    apm_file_discard(lock_fd, file->pub.inode);
     pthread_mutex_lock(&files_lock);
     file->growing = false;
     pthread_cond_broadcast(&grown);
     pthread_mutex_unlock(&files_lock);
-}
-
-bool apm_file_was_joined(const struct apm_file *file) {
-    pthread_mutex_lock(&files_lock);
-    bool joined = ((const struct apm_file_full *)file)->joined;
-    pthread_mutex_unlock(&files_lock);
-    return joined;
 }
 
 bool apm_file_is_synced(const struct apm_file *file) {

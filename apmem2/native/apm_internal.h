@@ -116,7 +116,7 @@ struct apm_file_full {
     bool retained;              /* files_lock: nobody uses it, its fd must stay open */
     int old_fds[4];             /* earlier descriptions that somebody may still be using; files_lock */
     uint32_t old_count;
-    bool growing, joined;       /* files_lock: an opener is making it longer; another one came while it did */
+    bool growing;               /* files_lock: an opener is making it longer */
     bool synced;                /* files_lock: its size and blocks were durable when a path was opened here */
     bool dsync_works;           /* one round at a time: RWF_DSYNC has been granted */
     struct apm_work close_work;
@@ -137,7 +137,8 @@ int apm_file_without_descriptor(const struct apm_vma *vma, struct apm_file **out
 /* One opener at a time makes a file longer; -EBUSY when another process does. End it in any case. */
 int apm_file_begin_growing(struct apm_file *file, int *lock_fd);
 void apm_file_end_growing(struct apm_file *file, int lock_fd);
-bool apm_file_was_joined(const struct apm_file *file); /* has anybody opened it since begin_growing? */
+/* Closes a descriptor of a file, or leaves it open until the process ends where closing it would drop fcntl locks. */
+void apm_file_discard(int fd, uint64_t inode);
 bool apm_file_is_synced(const struct apm_file *file);  /* were its size and blocks made durable here? */
 void apm_file_mark_synced(struct apm_file *file);
 /* 0, or APM_E_MAP_RANGE when the file ends before offset + length. */

@@ -175,8 +175,8 @@ int apm_map_source(const struct apm_job *job, const void **source, void **copy) 
         return 0;
     int result = apm_vma_overlaps(map->file, job->data, job->size, map->offset + job->offset, &from, &scattered);
     bool same_mapping = job->data + job->size > map->address && job->data < map->address + map->length;
-    if (result <= 0 || (same_mapping && !scattered)) /* within one mapping the addresses show the overlap */
-        return result < 0 ? result : 0;
+    if (result == -EFAULT || result == 0 || (result == 1 && same_mapping && !scattered))
+        return result == -EFAULT ? result : 0; /* within one mapping the addresses show the overlap */
     *copy = apm_allocate(job->size);
     if (!*copy)
         return -ENOMEM;

@@ -7,6 +7,7 @@
 #include "apm_internal.h"
 
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -32,6 +33,21 @@ static int by_descriptor(struct apm_open_request *request) {
     return apm_file_obtain(request->fd, &about, false, -1, NULL, &request->file, &request->cause);
 }
 
+/* fsync, by a description of its own: the one that the rounds use must not have its error mark taken away by somebody who is
+ * not in the round, for the round would then say "durable" (laws 4, 13). An error here fails the file as well. */
+static int sync_apart(struct apm_file *file) {
+    char own[64];
+    int fd;
+    snprintf(own, sizeof own, "/proc/self/fd/%d", apm_file_fd(file));
+    APM_OUTSIDE(fd, APM_CALL_OPEN, file->inode, 0, 0, open(own, O_RDONLY | O_CLOEXEC));
+    int result = apm_sync_file(fd >= 0 ? fd : apm_file_fd(file));
+    if (fd >= 0)
+        apm_file_discard(fd, file->inode);
+    if (result < 0)
+        apm_file_fail(file, result);
+    return result;
+}
+
 static int size_now(const struct apm_file *file, uint64_t *size) {
     struct stat about;
     int result;
@@ -51,12 +67,14 @@ static int grow(struct apm_open_request *request) {
     if (result == 0 && before < request->size) {
         result = apm_extend_file(apm_file_fd(request->file), before, request);
         if (result == 0) {
-            result = apm_sync_file(apm_file_fd(request->file));
-            if (result < 0) /* the description is shared: nobody else will be told of this one (laws 4, 13) */
-                apm_file_fail(request->file, result);
+            result = sync_apart(request->file);
+        } else {
+            /* Blocks that were reserved are given back while nobody has seen the file longer. Once it is longer it stays
+             * so: others, of other processes too, may have mapped the new bytes and made some of them durable. */
+            uint64_t now;
+            if (size_now(request->file, &now) == 0 && now == before)
+                apm_cut_file(apm_file_fd(request->file), before);
         }
-        if (result < 0 && !apm_file_was_joined(request->file)) /* nobody can have seen it longer */
-            apm_cut_file(apm_file_fd(request->file), before);
     }
     apm_file_end_growing(request->file, lock_fd);
     return result < 0 ? result : size_now(request->file, &request->file_size);
@@ -76,11 +94,9 @@ static int match_size(struct apm_open_request *request) {
  * it from now on must not hang on that (law 15). The file once, the name each time: it may be another one. */
 static int sync_name(struct apm_file *pub, int directory) {
     if (!apm_file_is_synced(pub)) {
-        int result = apm_sync_file(apm_file_fd(pub));
-        if (result < 0) {
-            apm_file_fail(pub, result);
+        int result = sync_apart(pub);
+        if (result < 0)
             return result;
-        }
         apm_file_mark_synced(pub);
     }
     return apm_sync_directory(directory);

@@ -16,7 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { THREADS_MIN = 4, THREADS_DEFAULT = 16, THREADS_MAX = 1024, WORKING_PER_FILE = 2 };
+enum { THREADS_MIN = 6, THREADS_DEFAULT = 16, THREADS_MAX = 1024, WORKING_PER_FILE = 2 };
 
 _Static_assert(sizeof(struct apm_job) == 48, "packed as bytes by the caller");
 _Static_assert(offsetof(struct apm_job, map) == 16 && offsetof(struct apm_job, data) == 40, "likewise");
@@ -329,26 +329,32 @@ static bool is_file_work(const struct apm_record *record) {
     return record->job.map && record->job.map->file && record->job.kind != APM_JOB_CHECK;
 }
 
-/* May a lane that runs so many jobs run one more? One thread is always left to the other lane, and one to errands. */
-static bool lane_open(uint32_t running_in_it) {
-    return running_in_it + 2 < threads_max && rounds_running + work_running + 1 < threads_max;
+/* May a lane that runs so many jobs run one more? One thread is always left to each other lane that runs nothing now, and one
+ * to errands; so a lane's first job is never kept waiting by the others. */
+static bool lane_open(uint32_t mine, uint32_t other, uint32_t third) {
+    return mine + other + third + (other == 0) + (third == 0) + 1 < threads_max;
 }
 
 /* The first job of the work lane that may run: of one file no more than a few at a time, so that one that hangs does not
  * fill the lane. The walk is long only while files hang. pool_lock held. */
 static struct apm_record *next_work(void) {
-    if (!lane_open(work_running))
+    uint32_t copies = work_running - controls_running;
+    bool may_copy = lane_open(copies, controls_running, rounds_running);
+    bool may_control = lane_open(controls_running, copies, rounds_running);
+    if (!may_copy && !may_control)
         return NULL;
     for (struct apm_record *record = work_first; record; record = record->next) {
         const struct apm_file_full *file = is_file_work(record) ? (struct apm_file_full *)record->job.map->file : NULL;
-        if (file ? file->working < WORKING_PER_FILE : controls_running + 3 < threads_max)
+        if (file ? may_copy && file->working < WORKING_PER_FILE : may_control)
             return record;
     }
     return NULL;
 }
 
 static bool may_work(void) { return next_work() != NULL; }
-static bool may_round(void) { return ready_first && lane_open(rounds_running); }
+static bool may_round(void) {
+    return ready_first && lane_open(rounds_running, controls_running, work_running - controls_running);
+}
 static bool may_run_errand(void) { return errands_first && !errands_running; }
 
 static void run_work(struct apm_record *record) { /* pool_lock held on entry and exit */
@@ -531,6 +537,8 @@ static int accept_job(struct apm_channel *channel, const struct apm_job *job, ui
     int result = check(job);
     if (result < 0)
         return result;
+    if (map && map->unmapping && job->kind != APM_JOB_DRAIN)
+        return APM_E_CLOSED; /* it has let go of its memory and its file */
     struct apm_record *record = apm_channel_slot(channel, job->tag);
     if (!record)
         return job->tag < channel->capacity ? -ENOMEM : -EINVAL;

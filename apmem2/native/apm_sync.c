@@ -120,6 +120,30 @@ int apm_sync_zero(int fd, uint64_t from, uint64_t to, const uint32_t *abandoned)
 
 /* ---- one copy or fill ----------------------------------------------------------------------------------------------- */
 
+/* The file's size now, or all that there could be when it cannot be asked. By statx, of the size alone: fstat asks for the
+ * times as well, and on kernels with multigrain timestamps (6.13 and later) a write after somebody looked at them gives the
+ * inode a new one, so that each sync would write the inode too (measured: 8 KiB instead of 4 for a page, and twice the
+ * time). */
+static int size_of(const struct apm_file *file, uint64_t *size) {
+    struct statx about;
+    struct stat plain;
+    int result = 0, fd = apm_file_fd(file);
+    *size = UINT64_MAX;
+    if (fd < 0)
+        return 0;
+    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, statx(fd, "", AT_EMPTY_PATH, STATX_SIZE, &about));
+    if (result == 0) {
+        *size = about.stx_size;
+        return 0;
+    }
+    if (!unsupported(errno))
+        return -errno;
+    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(fd, &plain));
+    if (result == 0)
+        *size = (uint64_t)plain.st_size;
+    return result < 0 ? -errno : 0;
+}
+
 /* By way of a buffer of our own, in pieces, from the end that is overwritten last; all at once when the source lies in
  * several mappings, which have no one direction. */
 static int write_bounced(const struct apm_record *record, uint64_t from_offset, bool scattered, bool durable, bool *wrote) {
@@ -168,8 +192,16 @@ static int write_one(const struct apm_record *record, bool durable, bool *wrote)
     }
     if (!(job->flags & APM_F_SOURCE_OWNED))
         result = apm_vma_overlaps(file, job->data, job->size, to, &from_offset, &scattered);
-    if (result < 0)
+    if (result == -EFAULT)
         return result;
+    if (result < 0) /* the table cannot be read: as if it overlapped in the worst way (law 16) */
+        result = scattered = true;
+    if (result == 1 && !scattered) { /* what the mapping has beyond the end of the file cannot be read */
+        uint64_t size;
+        int asked = size_of(file, &size);
+        if (asked < 0 || from_offset + job->size > size)
+            return asked < 0 ? asked : -EFAULT;
+    }
     if (result == 1)
         return write_bounced(record, from_offset, scattered, durable, wrote);
     *wrote = true;
@@ -202,30 +234,6 @@ static int store_one(const struct apm_record *record) {
         memmove(to, source, job->size);
     free(copy);
     return 0;
-}
-
-/* The file's size now, or all that there could be when it cannot be asked. By statx, of the size alone: fstat asks for the
- * times as well, and on kernels with multigrain timestamps (6.13 and later) a write after somebody looked at them gives the
- * inode a new one, so that each sync would write the inode too (measured: 8 KiB instead of 4 for a page, and twice the
- * time). */
-static int size_of(const struct apm_file *file, uint64_t *size) {
-    struct statx about;
-    struct stat plain;
-    int result = 0, fd = apm_file_fd(file);
-    *size = UINT64_MAX;
-    if (fd < 0)
-        return 0;
-    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, statx(fd, "", AT_EMPTY_PATH, STATX_SIZE, &about));
-    if (result == 0) {
-        *size = about.stx_size;
-        return 0;
-    }
-    if (!unsupported(errno))
-        return -errno;
-    APM_OUTSIDE(result, APM_CALL_FSTAT, file->inode, 0, 0, fstat(fd, &plain));
-    if (result == 0)
-        *size = (uint64_t)plain.st_size;
-    return result < 0 ? -errno : 0;
 }
 
 static uint64_t end_in_file(const struct apm_record *record) {

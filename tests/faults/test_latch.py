@@ -146,9 +146,9 @@ async def test_every_map_and_call_of_a_failed_file_raises_its_first_failure(dire
             for call in calls:
                 with pytest.raises(apmem2.MapFailedError) as caught:
                     await call()
-                assert caught.value.__cause__ is first
+                assert str(caught.value.__cause__) == str(first)
                 assert caught.value.filename == str(path)
-            assert found.failed is first
+            assert str(found.failed) == str(first)
         await adopted.aclose()
         memory.close()
 
@@ -386,7 +386,7 @@ async def test_any_error_of_a_synchronous_write_fails_the_file(directory: Path, 
         assert caught.value.errno == number
         with pytest.raises(apmem2.MapFailedError) as failed:
             await other.persist(0, 1)
-        assert failed.value.__cause__ is caught.value
+        assert str(failed.value.__cause__) == str(caught.value)
 
 
 @pytest.mark.asyncio
@@ -467,7 +467,7 @@ async def test_a_description_for_reading_and_a_later_one_for_writing_share_the_f
         assert writer.pointer.file == reader.pointer.file
         assert writer.pointer.file.writable
         first = await fail(faults, writer)
-        assert reader.failed is first
+        assert str(reader.failed) == str(first)
         with pytest.raises(apmem2.MapFailedError):
             await reader.persist(0, 1)
 
@@ -638,18 +638,18 @@ async def main():
     other = await apmem2.open("other", size=8192)
     lib.apm_observe_hold(lib.APM_CALL_MSYNC, 0, 1)
     stuck = [asyncio.ensure_future(m.persist()) for m in maps]
-    while lib.apm_observe_held() < min(hung, threads - 2):
+    while lib.apm_observe_held() < min(hung, threads - 3):
         await asyncio.sleep(0)
     for turn in range(10):
         await other.memcpy(0, bytes([turn]), apmem2.MemFlags.NOFLUSH)
         await other.populate()
         async with apmem2.open(f"new{turn}", size=4096) as new:
-            if threads - 3 >= hung:
+            if threads - 4 >= hung:
                 await new.memcpy(0, b"x")
-        if threads - 3 >= hung:
+        if threads - 4 >= hung:
             await other.memcpy(0, bytes([turn]))
     assert not any(job.done() for job in stuck)
-    assert lib.apm_observe_held() == min(hung, threads - 2)
+    assert lib.apm_observe_held() == min(hung, threads - 3)
     assert apmem2.statistics().threads <= threads
     lib.apm_observe_hold(0, 0, 0)
     await asyncio.gather(*stuck)
@@ -661,7 +661,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("threads", [4, 8, 23])
+@pytest.mark.parametrize("threads", [6, 8, 24])
 def test_with_twenty_files_hung_opens_and_copies_go_on(run_program: Any, threads: int) -> None:
-    """With n threads n - 3 files may hang before another's round has to wait; the other lanes never do."""
+    """With n threads the syncs of n - 4 files may hang before another's has to wait; the other lanes never do."""
     assert run_program(TWENTY_HUNG, str(threads)).stdout == "done\n"

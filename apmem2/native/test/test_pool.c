@@ -389,7 +389,7 @@ static void test_the_end(void) {
 
 int main(void) {
     CHECK(mkdtemp(directory) != NULL);
-    CHECK(apm_pool_configure(3) == -EINVAL && apm_pool_configure(8) == 0 && apm_pool_configure(8) == -EALREADY);
+    CHECK(apm_pool_configure(5) == -EINVAL && apm_pool_configure(8) == 0 && apm_pool_configure(8) == -EALREADY);
     test_round_trips();
     test_bytes_arrive();
     test_rounds_and_lanes();
