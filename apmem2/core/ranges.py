@@ -63,18 +63,20 @@ def is_number(value: object) -> bool:
     return hasattr(type(value), "__index__") and not hasattr(type(value), "__setitem__")
 
 
+def numbers(buffer: Any) -> Any:
+    """The buffer; numpy's times as the numbers that they are, because the buffer protocol has no word for them."""
+    kind = getattr(getattr(buffer, "dtype", None), "kind", "")
+    return buffer.view("i8") if kind in ("m", "M") else buffer
+
+
 def as_view(buffer: Any, name: str) -> memoryview:
     """The buffer as a memoryview. A TypeError that names the parameter where there is none; pointers are refused."""
     try:
-        view = memoryview(buffer)
+        view = memoryview(numbers(buffer))
     except TypeError:
         raise TypeError(
             f"{name} must be a buffer (bytes, memoryview, numpy array, mmap ...), not {type(buffer).__name__}"
         ) from None
-    except ValueError:
-        if not hasattr(buffer, "dtype"):
-            raise
-        view = memoryview(buffer.view("i8"))  # datetime64 and timedelta64: numbers that the protocol has no word for
     if "O" in view.format and "O" in re.sub(":[^:]*:", "", view.format):
         raise ValueError(f"{name} holds Python objects: their addresses mean nothing in a file")
     return view
@@ -111,8 +113,7 @@ def raw(address: int, size: int) -> Pin:
 def pin(buffer: Any) -> Pin:
     """Hold a contiguous buffer."""
     view = as_view(buffer, "buffer")
-    if view.format == "q" and getattr(getattr(buffer, "dtype", None), "kind", "") in ("m", "M"):
-        buffer = buffer.view("i8")
+    buffer = numbers(buffer)
     if not view.contiguous:
         raise ValueError("only a contiguous buffer can be adopted: adopt the whole array, persist slices of it")
     read_only = view.readonly
@@ -185,8 +186,7 @@ class Touched:
 
     def __init__(self, buffer: Any, unit: int) -> None:
         view = as_view(buffer, "buffer")
-        if view.format == "q" and getattr(getattr(buffer, "dtype", None), "kind", "") in ("m", "M"):
-            buffer = buffer.view("i8")
+        buffer = numbers(buffer)
         if view.suboffsets:
             raise ValueError("buffers with suboffsets are not supported")
         self._steps: list[tuple[int, int]] = []
