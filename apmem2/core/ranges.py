@@ -164,6 +164,8 @@ def pieces_of(data: Any, piece_bytes: int) -> Pieces | None:
     view = as_view(data, "data")
     if view.c_contiguous or view.nbytes <= piece_bytes or (view.shape or (1,))[0] <= 1:
         return None
+    if view.ndim > 1 and not hasattr(data, "dtype"):
+        return None  # a memoryview of several dimensions cannot be sliced
     return Pieces(data, view, max(piece_bytes, 1))
 
 
