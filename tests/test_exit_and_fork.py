@@ -556,7 +556,7 @@ assert apmem2.statistics().in_flight == 0
 def test_a_child_of_a_process_that_had_only_imported_works(directory: Path) -> None:
     text = """
 apmem2.statistics()
-apmem2.configure(threads=4)
+apmem2.configure(threads=6)
 
 def child():
     assert lib.apm_is_forked() == 0
