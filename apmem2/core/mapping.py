@@ -449,7 +449,7 @@ class Map:
         runtime.sweep()  # loops that were closed in the middle may have held the memory
         if self._disowned:
             await self._strategy.drain_all(self, None)  # until it is unmapped
-        else:
+        elif not self.pointer.adopted:  # of an adopted one another thread is having a look; views do not keep it
             warn_caller(
                 f"{self._name()} was closed while views of it are alive; it is unmapped when the last of them is gone",
                 ResourceWarning,
