@@ -150,3 +150,20 @@ async def test_the_cache_is_kept_where_that_is_asked_for(directory: Path, record
     async with apmem2.open(directory / "a", keep_cache=True):
         names = [event.name for event in between(recorder, before, recorder.mark())]
     assert "fadvise" not in names
+
+
+@pytest.mark.asyncio
+async def test_a_long_persist_is_synced_in_pieces_that_leave_nothing_out(directory: Path, recorder: Recorder) -> None:
+    """One long call made the loops of its process late; a piece that was forgotten would be an acknowledged loss."""
+    size = (9 << 20) + 100
+    async with apmem2.open(directory / "a", size=size, sparse=True) as m:
+        before = recorder.mark()
+        await m.persist()
+        calls = [event for event in between(recorder, before, recorder.mark()) if event.name == "msync"]
+        assert len(calls) > 1
+        place = m.address
+        for call in calls:
+            assert call.offset == place
+            assert call.size <= 4 << 20
+            place += call.size
+        assert place >= m.address + size

@@ -29,7 +29,7 @@ enum {
     APM_EINTR_MAX = 100,           /* times that one interrupted call is begun again */
     APM_THREAD_STACK = 256 * 1024, /* bytes */
 };
-#define APM_PIECE ((uint64_t)8 << 20) /* bytes of one write: what a small job may have to wait for */
+#define APM_PIECE ((uint64_t)8 << 20) /* bytes of one write; a long copy is several, within one round */
 
 /* ---- observer: see apm_observe.c -------------------------------------------------------------- */
 extern int apm_observing; /* recording is on */
