@@ -226,15 +226,38 @@ void apm_pool_schedule(struct apm_work *work); /* an errand of the core's own, a
 void apm_map_errand_done(struct apm_map_full *map); /* the unmapping is over: drains may go */
 uint64_t apm_now_ns(void);
 
-/* ---- sync: the only file with sync and write calls --------------------------------------------------- */
+/* ---- rounds: apm_round.c ------------------------------------------------------------------------------- */
 struct apm_round_counts {
     uint64_t sync_calls, bytes_persisted, bytes_copied;
 };
 /* Runs one round: the codes of the records are set when it returns, every call has ended, and durable means
  * durable for those with 0. */
-void apm_sync_round(struct apm_file_full *file, struct apm_record *jobs, struct apm_round_counts *counts);
+void apm_round_run(struct apm_file_full *file, struct apm_record *jobs, struct apm_round_counts *counts);
+/* Where the bytes of a job end in its file. */
+static inline uint64_t apm_record_end(const struct apm_record *record) {
+    return record->job.map->offset + record->job.offset + record->job.size;
+}
+
+/* ---- sync: the only file with sync and write calls: apm_sync.c ------------------------------------------- */
+struct iovec;
+enum { APM_RUN_PIECES = 1024 }; /* pieces of one write */
+/* Was a trick refused because this kernel, file system or sandbox does not have it? (law 16) */
+bool apm_sync_unsupported(int error);
+/* Pieces, one after the other, from offset on; continues short writes. durable: with RWF_DSYNC. */
+int apm_sync_write_run(int fd, uint64_t object, struct iovec *pieces, int count, uint64_t offset, bool durable);
+/* One COPY or FILL. *wrote: the file was touched, so an error may be that of a write-back. */
+int apm_sync_write_one(const struct apm_record *record, bool durable, bool *wrote);
+/* Errors of a plain write that say: the bytes never reached the page cache. They are the caller's alone (law 4). */
+bool apm_sync_refused(int code);
 /* COPY and FILL with NOFLUSH: only visible. Errors are the caller's alone (law 4). */
 int apm_sync_write_plain(const struct apm_record *record);
+/* COPY and FILL by stores through the mapping. */
+int apm_sync_store(const struct apm_record *record);
+int apm_sync_size_of(const struct apm_file *file, uint64_t *size);
+int apm_sync_mapping(const struct apm_file *file, uint64_t begin, uint64_t end); /* msync of addresses */
+bool apm_sync_is_mapped(uint64_t begin, uint64_t end);
+/* Our own description's word on an adopted mapping's write-back, from a byte of it on (law 13). */
+int apm_sync_ask(const struct apm_file *file, uint64_t offset);
 int apm_sync_zero(int fd, uint64_t from, uint64_t to, const uint32_t *abandoned);
 int apm_sync_file(int fd);      /* fsync */
 int apm_sync_directory(int fd); /* fsync, of a directory */

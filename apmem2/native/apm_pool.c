@@ -305,7 +305,7 @@ static void run_round(uint32_t self) { /* pool_lock held on entry and exit */
     rounds_running++;
     call_thread();
     pthread_mutex_unlock(&lock);
-    apm_sync_round(file, jobs, &counts);
+    apm_round_run(file, jobs, &counts);
     pthread_mutex_lock(&lock);
     rounds_running--;
     round_began[self] = 0;
