@@ -83,8 +83,8 @@ async def test_submitting_fences_what_the_caller_stored(directory: Path, recorde
 
 async def synced_together(
     directory: Path, faults: Faults, recorder: Recorder, ranges: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Persist all ranges in one round; the (offset, size) of the msync calls that it made."""
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Persist all ranges in one round; the (offset, size) that were written back, and of the msync calls after that."""
     async with apmem2.open(directory / "a", size=64 * PAGE) as m:
         faults.hold("msync")
         first = asyncio.create_task(m.persist(0, 1))
@@ -98,7 +98,10 @@ async def synced_together(
         events = between(recorder, before, recorder.mark())
         calls = [(event.offset - m.address, event.size) for event in events if event.name == "msync"]
         assert calls[0] == (0, PAGE), "the round that was held"
-        return calls[1:]
+        assert all(event.result == 0 for event in events)
+        written = [event for event in events if event.name == "range_written"]
+        assert all(event.ended < events[-1].begun for event in written), "an msync follows them"
+        return [(event.offset, event.size) for event in written], calls[1:]
 
 
 @pytest.mark.asyncio
@@ -106,14 +109,43 @@ async def test_pages_between_those_that_were_asked_for_are_not_synced(
     directory: Path, faults: Faults, recorder: Recorder
 ) -> None:
     """Law 11: they may be somebody's dirty megabytes."""
-    calls = await synced_together(directory, faults, recorder, [(10 * PAGE, 1), (12 * PAGE, 1), (40 * PAGE + 5, 10)])
-    assert sorted(calls) == [(10 * PAGE, PAGE), (12 * PAGE, PAGE), (40 * PAGE, PAGE)]
+    ranges = [(10 * PAGE, 1), (12 * PAGE, 1), (40 * PAGE + 5, 10)]
+    written, synced = await synced_together(directory, faults, recorder, ranges)
+    assert sorted({*written, *synced}) == [(10 * PAGE, PAGE), (12 * PAGE, PAGE), (40 * PAGE, PAGE)]
+
+
+@pytest.mark.asyncio
+async def test_scattered_pages_share_one_sync_that_follows_their_writing(
+    directory: Path, faults: Faults, recorder: Recorder
+) -> None:
+    """One flush of the device for all of them."""
+    ranges = [(page * PAGE, PAGE) for page in range(3, 60, 5)]
+    written, synced = await synced_together(directory, faults, recorder, ranges)
+    assert len(synced) == 1
+    assert sorted({*written, *synced}) == ranges
+
+
+@pytest.mark.asyncio
+async def test_scattered_copies_are_written_plainly_and_share_one_sync(directory: Path, recorder: Recorder) -> None:
+    places = [page * PAGE + 100 for page in range(3, 60, 5)]
+    async with apmem2.open(directory / "a", size=64 * PAGE) as m:
+        before = recorder.mark()
+        await asyncio.gather(*(m.memcpy(place, b"x" * 100) for place in places))
+        events = between(recorder, before, recorder.mark())
+        assert [event.offset for event in events if event.name == "pwrite"] == places
+        last_write = max(event.ended for event in events if event.name == "pwrite")
+        written = [event for event in events if event.name == "range_written"]
+        (sync,) = [event for event in events if event.name == "msync"]
+        assert all(last_write < event.begun and event.ended < sync.begun for event in written)
+        asked = {page for event in written for page in range(event.offset // PAGE, (event.offset + event.size) // PAGE)}
+        assert asked | {(sync.offset - m.address) // PAGE} == {place // PAGE for place in places}
+        assert not [event for event in events if event.name == "pwrite_dsync"]
 
 
 @pytest.mark.asyncio
 async def test_adjacent_and_overlapping_pages_are_one_call(directory: Path, faults: Faults, recorder: Recorder) -> None:
     ranges = [(13 * PAGE, 1), (10 * PAGE, 1), (11 * PAGE + 9, 2 * PAGE), (10 * PAGE + 50, 5), (12 * PAGE - 1, 2)]
-    assert await synced_together(directory, faults, recorder, ranges) == [(10 * PAGE, 4 * PAGE)]
+    assert await synced_together(directory, faults, recorder, ranges) == ([], [(10 * PAGE, 4 * PAGE)])
 
 
 @pytest.mark.asyncio

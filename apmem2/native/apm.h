@@ -121,6 +121,9 @@ struct apm_file {
     uint32_t durability;   /* enum apm_durability of the medium, sharing and forcing aside */
     uint64_t file_system;  /* statfs f_type */
     int32_t failed;        /* 0, or the negative code of the first failed sync (atomic): ask apm_map_failed */
+    uint32_t one_flush;    /* pages written back before are made durable by a sync of any other page of the file: its
+                            * sync commits whatever the file's blocks depend on and flushes the whole device. So on ext4
+                            * (data not in the journal) and xfs */
     uint32_t is_dup;       /* 1: fd is a dup of the caller's, because re-opening was refused */
     uint64_t serial;       /* never 0; one more for each file handed out anew */
     uint64_t vma_device;   /* what the kernel's table shows for a mapping of it (not st_dev on btrfs) */
@@ -323,6 +326,7 @@ enum apm_call {
     APM_CALL_UNLINK = 14, APM_CALL_EVENTFD = 15, APM_CALL_PTHREAD_CREATE = 16, APM_CALL_FADVISE = 17,
     APM_CALL_MADVISE = 18, APM_CALL_CLOSE = 19, APM_CALL_TMPFILE = 20, APM_CALL_QUERY = 21,
     APM_CALL_FSYNC_DIRECTORY = 22, APM_CALL_MMAP_SYNC = 23, APM_CALL_MINCORE = 24,
+    APM_CALL_RANGE_WRITTEN = 25, /* sync_file_range that returns when the pages have been written, into the device's cache */
     /* not system calls; recorded only */
     APM_CALL_FLUSH = 32, APM_CALL_FENCE = 33, APM_CALL_STORE = 34, APM_CALL_MARK = 35
 };

@@ -230,6 +230,7 @@ static void fill_in(struct apm_file_full *file, const struct stat *about, int fd
     file->pub.writable = writable;
     file->pub.coherent = medium.coherent && !is_dup;
     file->pub.range_sync = medium.range_sync;
+    file->pub.one_flush = medium.one_flush && !is_dup;
     file->pub.durability = is_dup && medium.durability == APM_DURABILITY_POWER_LOSS ? APM_DURABILITY_UNKNOWN
                                                                                     : medium.durability;
     if (about->st_nlink == 0)
@@ -322,7 +323,7 @@ int apm_file_obtain(int handle, const struct stat *about, bool must_write, int d
             file->pub.serial = ++serials;
             __atomic_store_n(&file->pub.failed, 0, __ATOMIC_RELEASE);
             file->synced = false;
-            file->dsync_works = false;
+            file->dsync_works = file->ranges_work = false;
         }
         const uint32_t places = sizeof file->old_fds / sizeof *file->old_fds;
         if (in_use && file->pub.fd >= 0 && file->old_count == places) {
@@ -337,6 +338,7 @@ int apm_file_obtain(int handle, const struct stat *about, bool must_write, int d
             file->pub.is_dup = is_dup;
             file->pub.coherent = fresh->pub.coherent;
             file->pub.range_sync = fresh->pub.range_sync;
+            file->pub.one_flush = fresh->pub.one_flush;
             file->pub.durability = fresh->pub.durability;
         } else {
             spare = fd; /* another thread was faster */

@@ -94,6 +94,7 @@ struct apm_medium {
     uint32_t durability;
     bool coherent;
     bool range_sync;
+    bool one_flush;
 };
 void apm_medium_of(int fd, struct apm_medium *out);
 bool apm_has_eadr(void);
@@ -119,6 +120,7 @@ struct apm_file_full {
     bool growing;               /* files_lock: an opener is making it longer */
     bool synced;                /* files_lock: its size and blocks were durable when a path was opened here */
     bool dsync_works;           /* one round at a time: RWF_DSYNC has been granted */
+    bool ranges_work, no_ranges; /* likewise: sync_file_range has been granted, or refused */
     struct apm_work close_work;
     /* rounds: pool_lock */
     struct apm_record *first, *last; /* jobs waiting for the next round */
@@ -254,6 +256,10 @@ int apm_sync_write_plain(const struct apm_record *record);
 /* COPY and FILL by stores through the mapping. */
 int apm_sync_store(const struct apm_record *record);
 int apm_sync_size_of(const struct apm_file *file, uint64_t *size);
+/* Starts the writing of a range of the file and does not wait. */
+int apm_sync_begin(const struct apm_file *file, uint64_t offset, uint64_t size);
+/* Writes a range of the file and waits until the device has it, in its cache: a sync must follow. */
+int apm_sync_written(const struct apm_file *file, uint64_t offset, uint64_t size);
 int apm_sync_mapping(const struct apm_file *file, uint64_t begin, uint64_t end); /* msync of addresses */
 bool apm_sync_is_mapped(uint64_t begin, uint64_t end);
 /* Our own description's word on an adopted mapping's write-back, from a byte of it on (law 13). */

@@ -18,16 +18,17 @@ static const struct {
     uint32_t magic;
     uint32_t durability;
     bool coherent;
+    bool one_flush; /* see apm.h; of the others it is not known, and btrfs (copy on write) does not */
 } file_systems[] = {
-    {0x0000EF53, APM_DURABILITY_POWER_LOSS, true}, /* ext2, ext3, ext4 */
-    {0x58465342, APM_DURABILITY_POWER_LOSS, true}, /* xfs */
-    {0x9123683E, APM_DURABILITY_POWER_LOSS, true}, /* btrfs */
-    {0xF2F52010, APM_DURABILITY_POWER_LOSS, true}, /* f2fs */
-    {0xCA451A4E, APM_DURABILITY_POWER_LOSS, true}, /* bcachefs */
-    {0x3153464A, APM_DURABILITY_POWER_LOSS, true}, /* jfs */
-    {0x01021994, APM_DURABILITY_NONE, true},       /* tmpfs */
-    {0x858458F6, APM_DURABILITY_NONE, true},       /* ramfs */
-    {0x958458F6, APM_DURABILITY_NONE, false},      /* hugetlbfs: no write() */
+    {0x0000EF53, APM_DURABILITY_POWER_LOSS, true, true},  /* ext2, ext3, ext4 */
+    {0x58465342, APM_DURABILITY_POWER_LOSS, true, true},  /* xfs */
+    {0x9123683E, APM_DURABILITY_POWER_LOSS, true, false}, /* btrfs */
+    {0xF2F52010, APM_DURABILITY_POWER_LOSS, true, false}, /* f2fs */
+    {0xCA451A4E, APM_DURABILITY_POWER_LOSS, true, false}, /* bcachefs */
+    {0x3153464A, APM_DURABILITY_POWER_LOSS, true, false}, /* jfs */
+    {0x01021994, APM_DURABILITY_NONE, true, false},       /* tmpfs */
+    {0x858458F6, APM_DURABILITY_NONE, true, false},       /* ramfs */
+    {0x958458F6, APM_DURABILITY_NONE, false, false},      /* hugetlbfs: no write() */
 };
 #define OVERLAY_MAGIC 0x794C7630u
 
@@ -36,10 +37,12 @@ static void classify(uint64_t magic, struct apm_medium *out) {
     out->durability = APM_DURABILITY_UNKNOWN;
     out->coherent = false;
     out->range_sync = false;
+    out->one_flush = false;
     for (size_t i = 0; i < sizeof file_systems / sizeof *file_systems; i++)
         if (file_systems[i].magic == (uint32_t)magic) {
             out->durability = file_systems[i].durability;
             out->coherent = out->range_sync = file_systems[i].coherent;
+            out->one_flush = file_systems[i].one_flush;
         }
 }
 
@@ -113,8 +116,12 @@ void apm_medium_of(int fd, struct apm_medium *out) {
     if (!overlay && out->durability != APM_DURABILITY_POWER_LOSS)
         return;
     char *options = mount_options(fd);
-    if (!options)
-        return; /* no /proc: the file system's own word stands */
+    if (!options) { /* no /proc: the file system's own word stands */
+        out->one_flush = false;
+        return;
+    }
+    if (has_option(options, "data=journal")) /* pages reach their place through the journal, in its own time */
+        out->one_flush = false;
     if (overlay)
         classify_overlay(options, out);
     else if (has_option(options, "nobarrier") || has_option(options, "barrier=0") ||

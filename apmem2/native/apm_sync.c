@@ -42,11 +42,29 @@ int apm_sync_directory(int fd) {
     return result == -EINVAL ? 0 : result; /* file systems that cannot sync a directory say EINVAL */
 }
 
-static void begin_writeback(int fd, uint64_t offset, uint64_t size) {
-    int result;
-    APM_OUTSIDE(result, APM_CALL_SYNC_FILE_RANGE, fd, offset, size,
-                sync_file_range(fd, (off_t)offset, (off_t)size, SYNC_FILE_RANGE_WRITE));
-    (void)result; /* it only starts the writing; the sync that follows tells */
+static int range_sync(uint32_t call, int fd, uint64_t object, uint64_t offset, uint64_t size, unsigned flags) {
+    int result, tries = 0;
+    do {
+        APM_OUTSIDE(result, call, object, offset, size, sync_file_range(fd, (off_t)offset, (off_t)size, flags));
+    } while (result < 0 && errno == EINTR && ++tries < APM_EINTR_MAX);
+    return result < 0 ? -errno : 0;
+}
+
+int apm_sync_begin(const struct apm_file *file, uint64_t offset, uint64_t size) {
+    return range_sync(APM_CALL_SYNC_FILE_RANGE, apm_file_fd(file), file->inode, offset, size, SYNC_FILE_RANGE_WRITE);
+}
+
+/* The first pass skips pages that were being written when they were dirtied again; with all three flags they are waited for,
+ * written, and waited for again. */
+int apm_sync_written(const struct apm_file *file, uint64_t offset, uint64_t size) {
+    for (uint64_t piece; size; offset += piece, size -= piece) {
+        piece = size < SYNC_PIECE ? size : SYNC_PIECE;
+        int result = range_sync(APM_CALL_RANGE_WRITTEN, apm_file_fd(file), file->inode, offset, piece,
+                                SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+        if (result < 0)
+            return result;
+    }
+    return 0;
 }
 
 /* ---- writing: everything through one loop that continues short writes ------------------------------------------ */
@@ -110,7 +128,8 @@ int apm_sync_zero(int fd, uint64_t from, uint64_t to, const uint32_t *abandoned)
         int result = apm_sync_write_run(fd, (uint64_t)fd, pieces, count, from, false);
         if (result < 0)
             return result;
-        begin_writeback(fd, from, size);
+        /* it only starts the writing; the sync that follows tells */
+        (void)range_sync(APM_CALL_SYNC_FILE_RANGE, fd, (uint64_t)fd, from, size, SYNC_FILE_RANGE_WRITE);
         from += size;
     }
     return 0;
@@ -286,11 +305,6 @@ int apm_sync_ask(const struct apm_file *file, uint64_t offset) {
         return 0;
     if (!file->range_sync) /* an overlay's own inode has no pages and no mark: only a real sync goes through it */
         return apm_sync_data(apm_file_fd(file));
-    APM_OUTSIDE(result, APM_CALL_SYNC_FILE_RANGE, file->inode, offset, 1,
-                sync_file_range(apm_file_fd(file), (off_t)offset, 1, SYNC_FILE_RANGE_WAIT_BEFORE));
-    if (result == 0)
-        return 0;
-    if (apm_sync_unsupported(errno) || errno == ESPIPE)
-        return apm_sync_data(apm_file_fd(file));
-    return -errno;
+    result = range_sync(APM_CALL_SYNC_FILE_RANGE, apm_file_fd(file), file->inode, offset, 1, SYNC_FILE_RANGE_WAIT_BEFORE);
+    return apm_sync_unsupported(-result) || result == -ESPIPE ? apm_sync_data(apm_file_fd(file)) : result;
 }

@@ -73,6 +73,26 @@ class Acknowledgement:
 Range = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Together:
+    """Pages whose writing was waited for, and a sync of the same file after that: one call, as it were.
+
+    So it is on file systems whose sync of any page commits and flushes for all that was written back before.
+    """
+
+    begun: int
+    ended: int
+
+
+class Span(Protocol):
+    """From when to when."""
+
+    @property
+    def begun(self) -> int: ...
+    @property
+    def ended(self) -> int: ...
+
+
 def _without(ranges: list[Range], cut: Range) -> list[Range]:
     left: list[Range] = []
     for begin, end in ranges:
@@ -106,7 +126,9 @@ def unproven(
     descriptors: Mapping[int, int] | None = None,
 ) -> list[Acknowledgement]:
     """The acknowledgements without a proof in the record. descriptors: inode by descriptor, of whole-file syncs."""
-    syncs: dict[int, list[tuple[Call, Range]]] = {}
+    events = sorted(events, key=lambda call: call.begun)
+    syncs: dict[int, list[tuple[Span, Range]]] = {}
+    written: dict[int, list[Call]] = {}
     durable_writes: dict[int, list[tuple[Call, Range]]] = {}
     plain_writes: dict[int, list[tuple[Call, Range]]] = {}
     questions: dict[int, list[Call]] = {}
@@ -114,6 +136,14 @@ def unproven(
         if call.result < 0:
             continue
         if call.name == "msync":
+            for earlier in written.pop(call.object, []):
+                if earlier.ended < call.begun:
+                    together = Together(earlier.begun, call.ended)
+                    syncs.setdefault(call.object, []).append(
+                        (together, (earlier.offset, earlier.offset + earlier.size))
+                    )
+                else:
+                    written.setdefault(call.object, []).append(earlier)
             syncs.setdefault(call.object, []).extend((call, found) for found in _in_file(call, areas, PAGE))
         elif call.name in ("fdatasync", "fsync"):
             inode = (descriptors or {}).get(call.object, -1)
@@ -121,6 +151,8 @@ def unproven(
             questions.setdefault(inode, []).append(call)
         elif call.name == "sync_file_range":
             questions.setdefault(call.object, []).append(call)
+        elif call.name == "range_written":
+            written.setdefault(call.object, []).append(call)
         elif call.name == "pwrite_dsync":
             durable_writes.setdefault(call.object, []).append((call, (call.offset, call.offset + call.result)))
         elif call.name == "pwrite":
@@ -301,6 +333,8 @@ async def test_every_acknowledgement_of_a_mixed_workload_has_its_sync(
     assert unproven(without_msync, work.acknowledged, areas)
     without_dsync = [event for event in events if event.name != "pwrite_dsync"]
     assert unproven(without_dsync, work.acknowledged, areas)
+    without_ranges = [event for event in events if event.name != "range_written"]
+    assert unproven(without_ranges, work.acknowledged, areas)
     without_question = [event for event in events if event.name != "sync_file_range"]
     assert unproven(without_question, work.acknowledged, areas)
 
@@ -396,6 +430,21 @@ def test_the_checker_wants_the_sync_of_a_plain_write_after_that_write() -> None:
     assert not _proves(told, sync), "nothing was written"
     assert not _proves(told, dataclasses.replace(write, ended=13), sync), "the sync began before the write was over"
     assert not _proves(told, dataclasses.replace(write, result=PAGE - 1), sync), "a byte was never written"
+
+
+def test_the_checker_takes_pages_that_were_written_with_a_later_sync_of_the_file() -> None:
+    write = Doctored(11, 12, "range_written", 0, INODE, 3 * PAGE, 2 * PAGE)
+    other = dataclasses.replace(SYNC, begun=13, ended=14, offset=MAP.address + 5 * PAGE, size=PAGE)
+    assert _proves(STORED, write, other)
+    assert not _proves(STORED, write), "it is in the device's cache only"
+    assert not _proves(STORED, other), "another page"
+    assert not _proves(STORED, write, dataclasses.replace(other, begun=12)), "the flush may have come before the write"
+    assert not _proves(STORED, write, dataclasses.replace(other, object=INODE + 1)), "another file"
+    assert not _proves(STORED, write, dataclasses.replace(other, result=-5)), "it failed"
+    assert not _proves(STORED, write, dataclasses.replace(other, ended=20)), "not over when it was acknowledged"
+    assert not _proves(STORED, dataclasses.replace(write, begun=9), other), "it may have missed the bytes"
+    assert not _proves(STORED, dataclasses.replace(write, size=PAGE), other), "too short"
+    assert not _proves(STORED, dataclasses.replace(write, result=-5), other), "it failed"
 
 
 def test_the_checker_wants_the_files_own_description_asked_for_an_adopted_map() -> None:

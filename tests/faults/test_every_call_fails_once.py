@@ -125,6 +125,12 @@ async def workload(ledger: Ledger) -> None:
             m[5 * PAGE : 6 * PAGE] = b"\6" * PAGE
             await m.flush(5 * PAGE, PAGE)
             await m.drain()
+        async with attempt("a", 1, 11):
+            ledger.acknowledged.pop(("a", 1), None)
+            scattered = (m.memcpy(PAGE, b"\13" * PAGE), m.memcpy(3 * PAGE, b"\4" * PAGE))  # one round, a gap between
+            for error in await asyncio.gather(*scattered, return_exceptions=True):
+                if error is not None:
+                    raise error
         async with attempt():
             source = apmem2.Source.from_path(path)
             second = await apmem2.map_new(source, required_granularity=BY_PAGE, offset=PAGE)
@@ -202,7 +208,8 @@ CASES = [
     ("fdatasync", [errno.EIO, errno.EINTR], "sync_file_range"),
     ("fsync", [errno.EIO, errno.EINTR], ""),
     ("fsync_directory", [errno.EIO, errno.EINTR], ""),
-    ("sync_file_range", [errno.EIO, errno.ENOSPC], ""),
+    ("sync_file_range", [errno.EIO, errno.ENOSPC, errno.EINTR], ""),
+    ("range_written", [errno.EIO, errno.ENOSPC, errno.EINTR], ""),
     ("pwrite", [errno.EIO, errno.ENOSPC, errno.EINTR, 0], ""),
     ("pwrite", [errno.EIO, errno.ENOSPC, 0], "pwrite_dsync"),
     ("pwrite_dsync", [errno.EIO, errno.ENOSPC, errno.EINTR, 0], ""),
@@ -225,6 +232,7 @@ UNTOLD = {
     *(("fadvise", number) for number in (errno.EIO, errno.ENOMEM)),
     *(("close", number) for number in (errno.EIO, errno.EINTR)),
     *((name, errno.EINTR) for name in ("msync", "fdatasync", "fsync", "fsync_directory", "pwrite", "pwrite_dsync")),
+    *((name, errno.EINTR) for name in ("sync_file_range", "range_written")),
     ("pwrite", 0),
     ("pwrite_dsync", 0),
 }

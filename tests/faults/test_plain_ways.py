@@ -81,6 +81,13 @@ async def everything(directory: Path, recorder: Recorder) -> None:
         placed = recorder.mark()
         await adopted.memcpy(5 * PAGE, b"5" * PAGE)
         acknowledge(placed, 5, written=True)
+        m[PAGE : 2 * PAGE] = b"1" * PAGE
+        m[4 * PAGE : 5 * PAGE] = b"4" * PAGE
+        placed = recorder.mark()  # one round, pages with gaps between them
+        await asyncio.gather(m.persist(PAGE, PAGE), adopted.persist(4 * PAGE, PAGE), m.memcpy(7 * PAGE, b"7" * PAGE))
+        acknowledge(placed, 1)
+        acknowledge(placed, 4, asked=True)
+        acknowledge(placed, 7, written=True)
         placed = recorder.mark()
         await m.memcpy(6 * PAGE - 8, m[5 * PAGE : 6 * PAGE])  # overlapping
         told.append(Acknowledgement(placed, recorder.mark(), inode, 6 * PAGE - 8, PAGE, True))
@@ -95,7 +102,18 @@ async def everything(directory: Path, recorder: Recorder) -> None:
 @pytest.mark.asyncio
 @refused_with
 @pytest.mark.parametrize(
-    "name", ["pwrite_dsync", "sync_file_range", "madvise", "fadvise", "mmap_sync", "tmpfile", "fallocate", "query"]
+    "name",
+    [
+        "pwrite_dsync",
+        "sync_file_range",
+        "range_written",
+        "madvise",
+        "fadvise",
+        "mmap_sync",
+        "tmpfile",
+        "fallocate",
+        "query",
+    ],
 )
 async def test_with_a_trick_refused_everything_works_and_is_durable(
     directory: Path, faults: Faults, recorder: Recorder, name: str, number: int

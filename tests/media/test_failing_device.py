@@ -103,7 +103,27 @@ async def noflush(m: apmem2.Map) -> None:
     await m.persist()
 
 
-ACTS = {act.__name__: act for act in (store, copy, fill, flush, nodrain, noflush)}
+async def _one_round(*work: Coroutine[Any, Any, None]) -> None:
+    """All of them at once, with gaps between their pages; when one fails, all are told."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    errors = [error for error in results if error is not None]
+    assert len(errors) in (0, len(results)), "a round has one outcome"
+    for error in errors:
+        raise error
+
+
+async def scattered_copies(m: apmem2.Map) -> None:
+    await _one_round(*(m.memcpy(page * PAGE, NEW) for page in (BAD - 4, BAD, BAD + 4)))
+
+
+async def scattered_stores(m: apmem2.Map) -> None:
+    pages = (BAD - 2, BAD, BAD + 2)
+    for page in pages:
+        m[page * PAGE : (page + 1) * PAGE] = NEW
+    await _one_round(*(m.persist(page * PAGE, PAGE) for page in pages))
+
+
+ACTS = {act.__name__: act for act in (store, copy, fill, flush, nodrain, noflush, scattered_copies, scattered_stores)}
 
 
 async def fails(work: Coroutine[Any, Any, None], *numbers: int) -> apmem2.PersistError:
