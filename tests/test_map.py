@@ -36,11 +36,11 @@ async def opened(directory: Path, size: int = SIZE) -> AsyncIterator[apmem2.Map]
 
 
 def persisted_pages(recorder: Recorder, mark: int, m: apmem2.Map) -> list[int]:
-    """Page numbers of m that were given to msync since mark, with repetitions."""
+    """Page numbers of m that were given to msync since mark, or written back before one; with repetitions."""
     pages: list[int] = []
     for event in recorder.events():
-        if event.begun > mark and event.name == "msync":
-            first = (event.offset - m.address) // PAGE
+        if event.begun > mark and event.name in ("msync", "range_written"):
+            first = (event.offset - (m.address if event.name == "msync" else 0)) // PAGE
             pages.extend(range(first, first + (event.size + PAGE - 1) // PAGE))
     return pages
 

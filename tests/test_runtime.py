@@ -383,7 +383,7 @@ async def test_a_tight_loop_of_inline_work_gives_others_their_turn(
         await work[ask]()
     running = False
     await counting
-    budget = calls * (64 + runtime._BREATH_EACH) // runtime._BREATH
+    budget = calls * (64 + runtime.EACH) // runtime._BREATH
     assert budget - 1 <= turns <= budget + 3
     assert apmem2.statistics().submitted == submitted  # all of it ran here
     await m.aclose()

@@ -21,13 +21,16 @@ from apmem2.core.errors import (
     warn_caller,
 )
 from apmem2.core.granularity import Durability, Granularity, MemFlags, Protection, Sharing
-from apmem2.core.persist import Data, Inline, Pooled
+from apmem2.core.persist import JOINED_MAX, Data, Inline, Pooled
 from apmem2.core.ranges import Buffer, Pin, Touched, is_number, pieces_of, whole
 from apmem2.core.registry import Interval, Registry
-from apmem2.core.runtime import Operation
+from apmem2.core.runtime import EACH, Operation, budget
 from apmem2.core.source import OpenFile, Source
 from apmem2.native import ffi, lib
 
+_persist = lib.apm_map_persist
+_copy = lib.apm_map_copy
+_OUT_OF_RANGE = int(ErrorCode.LENGTH_OUT_OF_RANGE)
 _SHARED_BLOCKS = 256  # blocks of one strided buffer that are under way at a time
 
 registry: Registry[Map]
@@ -64,8 +67,10 @@ class Map:
         "_closing",
         "_disowned",
         "_durability",
+        "_end",
         "_file",
         "_granularity",
+        "_inline",
         "_interval",
         "_owner",
         "_size",
@@ -74,6 +79,7 @@ class Map:
         "_view",
         "_why_closed",
         "_writable",
+        "_writable_end",
         "handle",
         "pointer",
     )
@@ -112,6 +118,9 @@ class Map:
         # A private mapping of a file faults its pages in from the file: not on the loop's thread.
         pooled = self.granularity is Granularity.PAGE or (self._file is not None and bool(pointer.sharing))
         self._strategy: Pooled = Pooled() if pooled else Inline(settings.inline_bytes_max)
+        self._inline = self._strategy.inline_bytes_max
+        self._end = self._size  # of what may be persisted, and of what may be written: nothing once it is closing
+        self._writable_end = self._size if self._writable else -1
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
@@ -297,6 +306,31 @@ class Map:
         `ClosedError`, `OutOfRangeError`. Cancelled before it began, nothing is submitted; after that it goes on in the
         background.
         """
+        # The walk of most calls: what is odd about the others, the rest finds out.
+        if type(offset) is int and type(size) is int:
+            owner = self._owner  # first: while the bounds say that it is open, this is not None
+            if size <= self._inline:
+                try:
+                    code: int = _persist(self.pointer, offset, size)
+                except OverflowError:  # negative; the rest says so
+                    code = _OUT_OF_RANGE
+                if not code:
+                    budget.left = left = budget.left - size - EACH
+                    if left < 0:
+                        await runtime.breathe()
+                    return
+                if code != _OUT_OF_RANGE:
+                    raise self.error(code)
+            elif size > 0 and 0 <= offset <= self._end - size:
+                operation = self._strategy.start_persist(self, owner, offset, size)
+                owner = None  # a traceback that somebody keeps must not keep the memory mapped
+                try:
+                    await operation.future
+                except BaseException as error:
+                    operation.left(error)
+                    raise
+                return
+            owner = None
         if size is None and offset is not None and not is_number(offset):
             started: list[Operation] = []
             try:
@@ -370,6 +404,27 @@ class Map:
         bytes show in the view on return in every case.
         Raises: as `persist`, and `AccessError` on a map without Protection.WRITE.
         """
+        if type(data) is bytes and type(offset) is int and type(flags) is int and not flags:
+            owner, size = self._owner, len(data)
+            if size and 0 <= offset <= self._writable_end - size:
+                if size <= self._inline:
+                    code: int = _copy(self.pointer, offset, data, size, 0)
+                    if code:
+                        raise self.error(code)
+                    budget.left = left = budget.left - size - EACH
+                    if left < 0:
+                        await runtime.breathe()
+                    return
+                if size <= JOINED_MAX:
+                    operation = self._strategy.start_copy(self, owner, offset, data)
+                    owner = None
+                    try:
+                        await operation.future
+                    except BaseException as error:
+                        operation.left(error)
+                        raise
+                    return
+            owner = None
         self._check_writable()
         bits = self._flags(flags)
         copied_max = config.settle().copy_bytes_max
@@ -438,6 +493,7 @@ class Map:
         """
         runtime.check_forked()
         self._closing = True
+        self._end = self._writable_end = self._inline = -1
         if self._closed:
             return
         try:
@@ -485,6 +541,7 @@ class Map:
         """Its mapping is gone, by somebody else's doing: closed for good."""
         self._why_closed = f": {why}"
         self._closing = True
+        self._end = self._writable_end = self._inline = -1
         self._finish()
 
     async def __aenter__(self) -> Map:

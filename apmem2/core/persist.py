@@ -17,7 +17,11 @@ from apmem2.core.ranges import as_view
 from apmem2.core.runtime import Operation
 from apmem2.native import ffi, lib
 
-_FLUSH_COST = 4096  # of the inline budget: a submission of its own
+JOINED_MAX = 8192  # bytes of data that leave with those of the same tick, because copying them is cheaper than lending
+_FLUSH_COST = 8192  # of the inline budget: a submission of its own
+_PERSIST: int = lib.APM_JOB_PERSIST
+_COPY: int = lib.APM_JOB_COPY
+_OWNED: int = lib.APM_F_SOURCE_OWNED
 _NODRAIN = int(MemFlags.NODRAIN)
 _NOFLUSH = int(MemFlags.NOFLUSH)
 
@@ -68,29 +72,38 @@ class Pooled:
     def _operation(
         self, bound: Bound, kind: int, offset: int, size: int, flags: int = 0, data: int = 0, keep: Any = None
     ) -> Operation:
-        operation = Operation(runtime.bridge(), kind, bound.error, (bound.hold(), keep))
-        operation.map = bound.handle
-        operation.flags = flags
-        operation.offset = offset
-        operation.size = size
-        operation.data = data
-        return operation
+        held = (bound.hold(), keep)
+        return Operation(runtime.bridge(), kind, bound.error, held, flags, bound.handle, offset, size, data)
+
+    inline_bytes_max = -1
+
+    def start_persist(self, bound: Bound, owner: object, offset: int, size: int) -> Operation:
+        """The walk of most calls, without a detour: durable when it ends.
+
+        owner: as `hold` gives it; whether the file has failed, the round asks.
+        """
+        bridge = runtime.bridge()
+        return bridge.start(Operation(bridge, _PERSIST, bound.error, owner, 0, bound.handle, offset, size))
+
+    def start_copy(self, bound: Bound, owner: object, offset: int, data: bytes) -> Operation:
+        """Likewise, of bytes of up to `joined_bytes_max`, without flags."""
+        bridge = runtime.bridge()
+        return bridge.start(Operation(bridge, _COPY, bound.error, owner, _OWNED, bound.handle, offset, len(data), data))
 
     def persist(self, bound: Bound, offset: int, size: int) -> Awaitable[None] | None:
         """Durable when the awaitable ends."""
-        operation = self._operation(bound, lib.APM_JOB_PERSIST, offset, size)
-        return operation.bridge.start(operation)
+        return self.start_persist(bound, bound.hold(), offset, size)
 
     def flush(self, bound: Bound, offset: int, size: int) -> Awaitable[None] | None:
         """Accepted when this returns None, or when the awaitable ends."""
         operation = self._operation(bound, lib.APM_JOB_PERSIST, offset, size, lib.APM_PERSIST_UNAWAITED)
-        return operation.bridge.accept(operation) or operation.bridge.spend(_FLUSH_COST)
+        return operation.bridge.accept(operation) or runtime.spend(_FLUSH_COST)
 
     def drain(self, bound: Bound) -> Awaitable[None] | None:
         """Everything accepted before is durable when the awaitable ends."""
         if lib.apm_map_idle(bound.pointer) == 1:
             bound.hold()
-            return runtime.bridge().spend(0)
+            return runtime.spend(0)
         operation = Operation(runtime.bridge(), lib.APM_JOB_DRAIN, bound.error, None)
         operation.map = bound.handle
         return operation.bridge.start(operation)
@@ -141,15 +154,15 @@ class Inline(Pooled):
     """
 
     def __init__(self, inline_bytes_max: int) -> None:
-        self._max = inline_bytes_max
+        self.inline_bytes_max = inline_bytes_max
 
     def _done(self, bound: Bound, code: int, size: int) -> Awaitable[None] | None:
         if code < 0:
             raise bound.error(code)
-        return runtime.bridge().spend(size)
+        return runtime.spend(size)
 
     def persist(self, bound: Bound, offset: int, size: int) -> Awaitable[None] | None:
-        if size > self._max:
+        if size > self.inline_bytes_max:
             return super().persist(bound, offset, size)
         owner = bound.hold()  # a local reference: the memory stays mapped while C runs without the GIL
         code: int = lib.apm_map_persist(bound.pointer, offset, size)
@@ -157,12 +170,14 @@ class Inline(Pooled):
         return self._done(bound, code, size)
 
     def flush(self, bound: Bound, offset: int, size: int) -> Awaitable[None] | None:
-        if size > self._max:
+        if size > self.inline_bytes_max:
             return super().flush(bound, offset, size)
         return self.persist(bound, offset, size)
 
     def copy(self, bound: Bound, offset: int, data: Data, flags: int) -> Awaitable[None] | None:
-        if data.size > self._max or not data.owned:  # another mapping of the same bytes is looked for in the pool
+        if (
+            data.size > self.inline_bytes_max or not data.owned
+        ):  # another mapping of the same bytes is looked for in the pool
             return super().copy(bound, offset, data, flags)
         owner = bound.hold()
         code: int = lib.apm_map_copy(bound.pointer, offset, data.cdata, data.size, flags)
@@ -170,7 +185,7 @@ class Inline(Pooled):
         return self._done(bound, code, data.size)
 
     def fill(self, bound: Bound, offset: int, value: int, size: int, flags: int) -> Awaitable[None] | None:
-        if size > self._max:
+        if size > self.inline_bytes_max:
             return super().fill(bound, offset, value, size, flags)
         owner = bound.hold()
         code: int = lib.apm_map_fill(bound.pointer, offset, value, size, flags)

@@ -25,10 +25,15 @@ from apmem2.native import ffi, lib
 # kind, flags, tag, map, offset, size, data: struct apm_job; the sizes are asserted on both sides.
 _JOB = struct.Struct("=IIQQQQQ")
 _RESULT = struct.Struct("=IiQ")
-_BATCH = 1024  # jobs and completions of one C call
-_BREATH = 65536  # inline work between two yields: bytes, with _BREATH_EACH for each call
-_BREATH_EACH = 64
+_BATCH = 1024  # jobs of one C call
+_TURN = 64  # completions between two turns of the loop
+_BREATH = 131072  # inline work between two yields: bytes, with EACH for each call
+EACH = 512
 _EXIT_WAIT_MS = 5000  # how long leaving the interpreter waits for calls that are under way
+
+_JOB_SIZE = _JOB.size
+_PERSIST: int = lib.APM_JOB_PERSIST
+_ENDED = -2  # the tag of an operation that has ended
 
 assert _JOB.size == ffi.sizeof("struct apm_job")
 assert _RESULT.size == ffi.sizeof("struct apm_result")
@@ -39,52 +44,69 @@ Settle = Callable[[int], PmemError]
 class Operation:
     """One job from the asking to its completion; awaiting it is waiting for the completion.
 
-    `keep` holds whatever the job uses in memory until it has ended. `undo` runs instead of the waiter when the job
-    succeeded and nobody is there any more to take what it made. `ended` runs at the end in any case, and a job that has
-    it is not withdrawn when its waiter is cancelled.
+    `data` is an address or a number, or short bytes, which leave with those of the tick in one piece of memory,
+    `joined`. `keep` holds whatever else the job uses in memory until it has ended. `undo` runs instead of the waiter
+    when the job succeeded and nobody is there any more to take what it made. `ended` runs at the end in any case, and a
+    job that has it is not withdrawn when its waiter is cancelled.
     """
 
     __slots__ = (
-        "bridge", "data", "ended", "error", "flags", "future", "keep", "kind", "leader", "map", "offset", "refusal",
-        "size", "tag", "undo",
+        "bridge", "data", "ended", "error", "flags", "future", "joined", "keep", "kind", "leader", "map", "offset",
+        "refusal", "size", "tag", "undo",
     )  # fmt: skip
 
     WAITING = -1  # in the list of its tick
-    ENDED = -2
+    ENDED = _ENDED
 
-    def __init__(self, bridge: Bridge, kind: int, error: Settle, keep: object) -> None:
+    def __init__(
+        self,
+        bridge: Bridge,
+        kind: int,
+        error: Settle,
+        keep: object,
+        flags: int = 0,
+        map: int = 0,
+        offset: int = 0,
+        size: int = 0,
+        data: int | bytes = 0,
+    ) -> None:
         self.bridge = bridge
         self.kind = kind
-        self.flags = 0
-        self.map = 0
-        self.offset = 0
-        self.size = 0
-        self.data = 0
+        self.flags = flags
+        self.map = map
+        self.offset = offset
+        self.size = size
+        self.data = data
         self.error = error
         self.keep = keep
+        self.joined: object = None
         self.undo: Callable[[], None] | None = None
         self.ended: Callable[[], None] | None = None
         self.refusal: PmemError | None = None  # why the pool did not take it
         self.tag = Operation.WAITING
-        self.future: asyncio.Future[None] | None = None
+        self.future: Any = None  # asyncio.Future[None] or None; Any, so that the walk of most calls need not ask
         self.leader: Operation | None = None  # of several that one waiter waits for, the one that it waits for first
 
     def __await__(self) -> Generator[Any, None, None]:
-        future = self.future
-        assert future is not None
+        assert self.future is not None
         try:
-            yield from future
-        except asyncio.CancelledError:
-            succeeded = future.done() and not future.cancelled() and future.exception() is None
-            if succeeded and self.undo is not None:
-                self.undo()  # the cancellation came before its waiter ran
-            self.bridge.withdraw(self)
+            yield from self.future
+        except BaseException as error:
+            self.left(error)
             raise
-        finally:
-            # A traceback holds this frame, and others that hold the operation: if they led back to the exception, files
-            # and memory would be let go by the garbage collector only.
-            self.future = None
-            del future
+
+    def left(self, error: BaseException) -> None:
+        """Its waiter leaves with this exception, its own or a cancellation: has to be called."""
+        future = self.future
+        # A traceback holds the waiter's frames, and those the operation: if they led back to the exception, files and
+        # memory would be let go by the garbage collector only.
+        self.future = None
+        if future is None or not isinstance(error, asyncio.CancelledError):
+            return
+        succeeded = future.done() and not future.cancelled() and future.exception() is None
+        if succeeded and self.undo is not None:
+            self.undo()  # the cancellation came before its waiter ran
+        self.bridge.withdraw(self)
 
     def abandon(self) -> None:
         """Nobody will wait for it."""
@@ -128,16 +150,17 @@ class Bridge:
             raise error_of(code, "starting the runtime")
         self.loop = loop
         self.capacity = settings.jobs_max
-        self.spent = 0
         self._channel = out[0]
         self._fd: int = lib.apm_channel_fd(self._channel)
         self._slots: list[Operation | None] = []
         self._free: list[int] = []
         self._tick: deque[Operation] = deque()
-        self._scheduled = False
+        self._scheduled = False  # the tick's leaving
+        self._taking = False  # completions are left for the next turns
         self._room: list[asyncio.Future[None]] = []
         self._packed = bytearray(_JOB.size * _BATCH)
         self._jobs = ffi.from_buffer("struct apm_job[]", self._packed)
+        self._create_future = loop.create_future
         self._results = ffi.new("struct apm_result[]", _BATCH)
         self._completions = memoryview(ffi.buffer(self._results))
         try:
@@ -150,11 +173,11 @@ class Bridge:
 
     def start(self, operation: Operation) -> Operation:
         """Put it on this tick's list; it leaves with all others of the tick."""
-        operation.future = self.loop.create_future()
+        operation.future = self._create_future()
         self._tick.append(operation)
         if not self._scheduled:
             self._scheduled = True
-            self.loop.call_soon(self._leave)
+            self.loop.call_soon(self._leave_together)
         return operation
 
     def accept(self, operation: Operation) -> Awaitable[None] | None:
@@ -182,51 +205,74 @@ class Bridge:
         if operation.refusal is not None:
             raise operation.refusal
 
-    def _leave(self) -> None:
+    def _leave_together(self) -> None:
+        """The end of a tick. While completions are left for the next turns, persists wait for the tasks that those will
+        wake: not only do they share a round then, but a sync makes the pages read-only again one by one, with an
+        interrupt for each to whoever is storing at that moment. (Pages stored and persisted by 256 tasks: 1.9 times as
+        many a second. Copies have no such trouble, and gain by leaving at once.)"""
         self._scheduled = False
-        tick, slots, free = self._tick, self._slots, self._free
+        if not self._taking or (self._tick and self._tick[0].kind != _PERSIST):
+            self._leave()
+
+    def _leave(self) -> None:
+        tick = self._tick
         while tick:
-            batch: list[Operation] = []
-            while tick and len(batch) < _BATCH:
-                if not free:
-                    if len(slots) == self.capacity:
-                        break
-                    free.append(len(slots))
-                    slots.append(None)
-                operation = tick.popleft()
-                awaited = (operation.leader or operation).future
-                if awaited is not None and awaited.cancelled():
-                    self.withdraw(operation)  # its waiter, cancelled just now, has not run yet
-                if operation.tag == Operation.ENDED:
-                    continue  # withdrawn while it waited here
-                operation.tag = tag = free.pop()
-                slots[tag] = operation
-                _JOB.pack_into(
-                    self._packed,
-                    len(batch) * _JOB.size,
-                    operation.kind,
-                    operation.flags,
-                    tag,
-                    operation.map,
-                    operation.offset,
-                    operation.size,
-                    operation.data,
-                )
-                batch.append(operation)
+            batch = self._batch()
             if not batch:
                 return  # full: what comes back makes room
+            self._pack(batch)
             accepted: int = lib.apm_pool_submit(self._channel, self._jobs, len(batch))
             if accepted == len(batch):
                 continue
             for operation in reversed(batch[max(accepted, 0) :]):
-                slots[operation.tag] = None
-                free.append(operation.tag)
+                self._slots[operation.tag] = None
+                self._free.append(operation.tag)
                 operation.tag = Operation.WAITING
                 tick.appendleft(operation)
             if accepted < 0:  # the first one was refused: it is told, the others get their own answer
                 refused = tick.popleft()
                 refused.refusal = refused.error(accepted)
                 self._settle(refused, accepted)
+
+    def _batch(self) -> list[Operation]:
+        """The next operations of the tick, each in a slot of its own."""
+        tick, slots, free = self._tick, self._slots, self._free
+        batch: list[Operation] = []
+        while tick and len(batch) < _BATCH:
+            if not free:
+                if len(slots) == self.capacity:
+                    break
+                free.append(len(slots))
+                slots.append(None)
+            operation = tick.popleft()
+            awaited = operation.future if operation.leader is None else operation.leader.future
+            if awaited is not None and awaited.cancelled():
+                self.withdraw(operation)  # its waiter, cancelled just now, has not run yet
+            if operation.tag == _ENDED:
+                continue  # withdrawn while it waited here
+            operation.tag = tag = free.pop()
+            slots[tag] = operation
+            batch.append(operation)
+        return batch
+
+    def _pack(self, batch: list[Operation]) -> None:
+        """As an array of struct apm_job; short data in one piece of memory, for as long as one of its jobs runs."""
+        pieces = [operation.data for operation in batch if type(operation.data) is bytes]
+        if pieces:
+            joined = ffi.from_buffer(b"".join(pieces))
+            address = int(ffi.cast("uintptr_t", joined))
+        pack, packed, place = _JOB.pack_into, self._packed, 0
+        for operation in batch:
+            data = operation.data
+            if type(data) is bytes:
+                operation.joined = joined
+                data = address
+                address += operation.size
+            pack(
+                packed, place, operation.kind, operation.flags, operation.tag, operation.map, operation.offset,
+                operation.size, data,
+            )  # fmt: skip
+            place += _JOB_SIZE
 
     def withdraw(self, operation: Operation) -> None:
         """Take it back if it has not begun: nothing is submitted for it then."""
@@ -245,8 +291,15 @@ class Bridge:
     def _arrive(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._fd, 8)
-        self._take()
-        if self._tick and not self._scheduled:
+        if not self._taking:
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Settle some; the tasks that they wake, and whoever else is there, have their turn before the next."""
+        self._taking = self._take(_TURN) == _TURN
+        if self._taking:
+            self.loop.call_soon(self._take_turn)
+        elif self._tick:
             self._leave()
         if self._room:
             waiting, self._room = self._room, []
@@ -254,27 +307,31 @@ class Bridge:
                 if not future.done():
                     future.set_result(None)
 
-    def _take(self) -> None:
+    def _take(self, most: int) -> int:
         slots, free = self._slots, self._free
         tag: int
         code: int
-        while True:
-            count: int = lib.apm_channel_take(self._channel, self._results, _BATCH)
-            if count <= 0:
-                return
-            for tag, code, _ in _RESULT.iter_unpack(self._completions[: count * _RESULT.size]):
-                operation = slots[tag]
-                slots[tag] = None
-                free.append(tag)
-                if operation is not None:
-                    self._settle(operation, code)
-            if count < _BATCH:
-                return
+        count: int = lib.apm_channel_take(self._channel, self._results, most)
+        closed = self.loop.is_closed()
+        for tag, code, _ in _RESULT.iter_unpack(self._completions[: count * _RESULT.size]):
+            operation = slots[tag]
+            slots[tag] = None
+            free.append(tag)
+            if operation is None:
+                continue
+            future = operation.future
+            if code or closed or operation.ended is not None or future is None or future.done():
+                self._settle(operation, code)
+            else:
+                operation.tag = _ENDED
+                operation.keep = operation.joined = None
+                future.set_result(None)
+        return count
 
     def _settle(self, operation: Operation, code: int) -> None:
         operation.tag = Operation.ENDED
         error = None if code >= 0 or code == ErrorCode.WITHDRAWN else operation.error(code)
-        operation.keep = None
+        operation.keep = operation.joined = None
         if operation.ended is not None:
             operation.ended()
         future = operation.future
@@ -290,25 +347,45 @@ class Bridge:
 
     # ---- around ------------------------------------------------------------------------------------------------
 
-    def spend(self, size: int) -> Awaitable[None] | None:
-        """Account for inline work of size bytes; what it returns, if anything, is to be awaited: others get a turn."""
-        self.spent += size + _BREATH_EACH
-        if self.spent < _BREATH:
-            return None
-        self.spent = 0
-        return asyncio.sleep(0)
-
     def retire(self) -> bool:
         """The loop is closed: let go of what has ended. True when nothing of it is in flight any more."""
         for operation in self._tick:
             operation.tag = Operation.ENDED
         self._tick.clear()
-        self._take()
+        while self._take(_BATCH) > 0:
+            pass
         return bool(lib.apm_channel_free(self._channel) == 0)
 
     def in_flight(self) -> list[Operation]:
         """Operations that the pool has."""
         return [operation for operation in self._slots if operation is not None]
+
+
+class _Budget:
+    """What inline work may still spend before the others of its loop get a turn.
+
+    One for all loops: sharing it makes them breathe more often, which does no harm.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = _BREATH
+
+
+budget = _Budget()
+
+
+def breathe() -> Awaitable[None]:
+    """The budget is spent: to be awaited, and the others get their turn."""
+    budget.left = _BREATH
+    return asyncio.sleep(0)
+
+
+def spend(size: int) -> Awaitable[None] | None:
+    """Account for inline work of size bytes; what it returns, if anything, is to be awaited."""
+    budget.left -= size + EACH
+    return None if budget.left > 0 else breathe()
 
 
 class Waiter:

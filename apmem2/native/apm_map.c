@@ -236,8 +236,12 @@ void apm_map_release(struct apm_map *map) {
 /* ---- inline work: no system call, so no pool ---------------------------------------------------------- */
 
 static int check_inline(const struct apm_map *map, uint64_t offset, uint64_t size) {
+    if (APM_UNLIKELY(apm_is_forked()))
+        return APM_E_FORKED;
     if (map->granularity == APM_PAGE)
         return APM_E_NOSUPP;
+    if (map->file && APM_UNLIKELY(apm_file_failure(map->file)))
+        return APM_E_FILE_FAILED;
     if (offset > map->length || size > map->length - offset)
         return APM_E_LENGTH_OUT_OF_RANGE;
     return 0;
