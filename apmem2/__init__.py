@@ -40,8 +40,8 @@ from apmem2.core.errors import (
 from apmem2.core.granularity import Durability, Granularity, MemFlags, Protection, Sharing
 from apmem2.core.making import map_from_existing, map_new, open
 from apmem2.core.mapping import Map, find, mappings
-from apmem2.core.runtime import Statistics, statistics
 from apmem2.core.source import Source
+from apmem2.core.statistics import JobStatistics, Statistics, statistics
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
     "Granularity",
     "GranularityNotSupportedError",
     "InvalidSourceError",
+    "JobStatistics",
     "LockedError",
     "LogBusyError",
     "LogFullError",

@@ -26,6 +26,7 @@ from apmem2.core.ranges import Buffer, Pin, Touched, is_number, pieces_of, whole
 from apmem2.core.registry import Interval, Registry
 from apmem2.core.runtime import EACH, Operation, budget
 from apmem2.core.source import OpenFile, Source
+from apmem2.core.statistics import JobStatistics, of_map
 from apmem2.native import ffi, lib
 
 _persist = lib.apm_map_persist
@@ -182,6 +183,10 @@ class Map:
             if code < 0:
                 self._file.latch(self._persist_error(code))
         return self._file.failure
+
+    def statistics(self) -> JobStatistics:
+        """What the pool did for this map so far. Stays readable after the end."""
+        return of_map(self.pointer)
 
     @property
     def closed(self) -> bool:

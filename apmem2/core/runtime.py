@@ -15,7 +15,6 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
 from typing import Any
 
 from apmem2.core import config
@@ -540,59 +539,3 @@ def _leave_process() -> None:
 
 
 os.register_at_fork(after_in_child=_mark_forked)
-
-
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What the pool did so far and does now, for the whole process. Jobs that ran inline are not in it.
-
-    Counts are jobs; `sync_calls` are msync and synchronous writes; bytes are as asked for, not rounded to pages;
-    `oldest_round_s` is the age of the longest running round (0: none runs); latencies are from acceptance to
-    completion.
-    """
-
-    submitted: int
-    completed: int
-    failed: int
-    withdrawn: int
-    in_flight: int
-    rounds: int
-    round_jobs: int
-    sync_calls: int
-    bytes_persisted: int
-    bytes_copied: int
-    oldest_round_s: float
-    latency_mean_s: float
-    latency_max_s: float
-    threads: int
-
-    @property
-    def jobs_per_round(self) -> float:
-        """Mean number of jobs that shared a round; 0 before the first."""
-        return self.round_jobs / self.rounds if self.rounds else 0.0
-
-
-def statistics() -> Statistics:
-    """A frozen snapshot of the runtime's numbers. Any thread; starts nothing."""
-    check_forked()
-    out = ffi.new("struct apm_statistics *")
-    lib.apm_pool_statistics(out)
-    return Statistics(
-        submitted=out.submitted,
-        completed=out.completed,
-        failed=out.failed,
-        withdrawn=out.withdrawn,
-        in_flight=out.in_flight,
-        rounds=out.rounds,
-        round_jobs=out.round_jobs,
-        sync_calls=out.sync_calls,
-        bytes_persisted=out.bytes_persisted,
-        bytes_copied=out.bytes_copied,
-        oldest_round_s=out.oldest_round_ns / 1e9,
-        latency_mean_s=out.latency_ns_total / out.completed / 1e9 if out.completed else 0.0,
-        latency_max_s=out.latency_ns_max / 1e9,
-        threads=out.threads,
-    )

@@ -303,6 +303,14 @@ int apm_channel_take(struct apm_channel *channel, struct apm_result *out, uint32
  * number of jobs still running. */
 int apm_pool_stop(uint32_t timeout_ms);
 
+/* A histogram of times: step 0 is everything below a microsecond, then two steps to each doubling (of 1 to 1.5 and of 1.5 to
+ * 2 times a power of two), the last one open. */
+#define APM_LATENCY_STEPS 56
+struct apm_latency {
+    uint64_t count, total_ns, max_ns;
+    uint64_t steps[APM_LATENCY_STEPS];
+};
+
 struct apm_statistics {
     uint64_t submitted, completed, failed, withdrawn; /* jobs */
     uint64_t rounds, round_jobs;       /* rounds of files and the jobs in them */
@@ -311,9 +319,22 @@ struct apm_statistics {
     uint64_t in_flight;
     uint64_t oldest_round_ns;          /* age of the oldest running round, 0: none runs */
     uint64_t threads;
-    uint64_t latency_ns_total, latency_ns_max; /* from acceptance to completion */
+    struct apm_latency latency;        /* from acceptance to completion */
 };
 void apm_pool_statistics(struct apm_statistics *out);
+
+/* The same of one map: the jobs that named it. rounds: those that a job of it took part in. */
+struct apm_map_statistics {
+    uint64_t submitted, completed, failed, withdrawn;
+    uint64_t rounds, round_jobs;
+    uint64_t bytes_persisted, bytes_copied;
+    uint64_t in_flight;
+    struct apm_latency latency;
+};
+void apm_map_statistics(struct apm_map *map, struct apm_map_statistics *out);
+/* The time, in nanoseconds, that a share (0 to 1) of them stayed below: the upper end of the step where the share is reached,
+ * so up to half too long, and never more than the longest. 0 when there are none. */
+double apm_latency_at(const struct apm_latency *latency, double share);
 int apm_is_forked(void);
 
 /* ---- observer (apm_observe.c) ------------------------------------------------------------------

@@ -178,6 +178,8 @@ struct apm_map_full {
     bool told;                          /* a drain has said so */
     int32_t failed;                     /* the file's failure when the map let go of it */
     uint64_t unmap_sequence;
+    struct apm_map_statistics numbers;
+    uint64_t last_round; /* the number of the last round that a job of it took part in */
 };
 struct apm_map_full *apm_map_new(void);
 /* What forcing does to a granularity that the kernel granted; *forced when it is finer than granted. */
@@ -208,6 +210,7 @@ struct apm_record {
     bool needs_sync; /* a copy whose pages the persists of its round have to sync */
     struct apm_file_full *file; /* whose round it waits for, or NULL */
 };
+void apm_latency_add(struct apm_latency *latency, uint64_t took_ns); /* apm_latency.c */
 /* ---- channels: apm_channel.c */
 struct apm_channel {
     int fd;

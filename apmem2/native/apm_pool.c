@@ -136,20 +136,31 @@ static int drained(const struct apm_map_full *map, int code) {
     return code;
 }
 
+/* Adds one record that has ended to the numbers of the pool and of its map. pool_lock held. */
+static void count(const struct apm_record *record, struct apm_map_full *map, uint64_t took) {
+    bool withdrawn = record->code == APM_E_WITHDRAWN, failed = record->code < 0 && !withdrawn;
+    numbers.in_flight--;
+    numbers.completed++;
+    numbers.withdrawn += withdrawn;
+    numbers.failed += failed;
+    apm_latency_add(&numbers.latency, took);
+    if (!map)
+        return;
+    map->numbers.completed++;
+    map->numbers.withdrawn += withdrawn;
+    map->numbers.failed += failed;
+    apm_latency_add(&map->numbers.latency, took);
+    if (record->code == 0 && record->job.kind == APM_JOB_PERSIST)
+        map->numbers.bytes_persisted += record->job.size;
+    else if (record->code == 0 && (record->job.kind == APM_JOB_COPY || record->job.kind == APM_JOB_FILL))
+        map->numbers.bytes_copied += record->job.size;
+}
+
 /* Books one record out. pool_lock held. */
 static void settle(struct apm_record *record, uint64_t now, struct apm_record ***done) {
     struct apm_map_full *map = (struct apm_map_full *)record->job.map;
     record->state = DONE;
-    numbers.in_flight--;
-    numbers.completed++;
-    if (record->code == APM_E_WITHDRAWN)
-        numbers.withdrawn++;
-    else if (record->code < 0)
-        numbers.failed++;
-    uint64_t took = now - record->accepted_ns;
-    numbers.latency_ns_total += took;
-    if (took > numbers.latency_ns_max)
-        numbers.latency_ns_max = took;
+    count(record, map, now - record->accepted_ns);
     if (!map)
         return;
     map->pins--;
@@ -254,9 +265,14 @@ static int run_job(struct apm_record *record) {
 static struct apm_record *take_round(struct apm_file_full *file) { /* pool_lock held */
     struct apm_record *jobs = file->first, *last = NULL;
     uint32_t count = 0;
+    numbers.rounds++;
     for (struct apm_record *record = jobs; record && count < APM_ROUND_JOBS_MAX; record = record->next) {
+        struct apm_map_full *map = (struct apm_map_full *)record->job.map;
         record->state = RUNNING;
         record->began = true;
+        map->numbers.round_jobs++;
+        map->numbers.rounds += map->last_round != numbers.rounds;
+        map->last_round = numbers.rounds;
         last = record;
         count++;
     }
@@ -266,7 +282,6 @@ static struct apm_record *take_round(struct apm_file_full *file) { /* pool_lock 
     else
         file->last = NULL;
     last->next = NULL;
-    numbers.rounds++;
     numbers.round_jobs += count;
     return jobs;
 }
@@ -548,8 +563,10 @@ static int accept_job(struct apm_channel *channel, const struct apm_job *job, ui
     __atomic_add_fetch(&channel->in_flight, 1, __ATOMIC_RELAXED);
     numbers.submitted++;
     numbers.in_flight++;
-    if (map)
+    if (map) {
         map->pins++;
+        map->numbers.submitted++;
+    }
     if (job->kind == APM_JOB_DRAIN) {
         bool all = job->flags & APM_DRAIN_ALL;
         record->code = undrained(map, all);
@@ -738,4 +755,14 @@ void apm_pool_statistics(struct apm_statistics *out) {
             oldest = round_began[i];
     pthread_mutex_unlock(&lock);
     out->oldest_round_ns = oldest ? (now > oldest ? now - oldest : 1) : 0;
+}
+
+void apm_map_statistics(struct apm_map *pub, struct apm_map_statistics *out) {
+    memset(out, 0, sizeof *out);
+    if (apm_is_forked())
+        return;
+    pthread_mutex_lock(&lock);
+    *out = ((struct apm_map_full *)pub)->numbers;
+    pthread_mutex_unlock(&lock);
+    out->in_flight = out->submitted - out->completed;
 }
