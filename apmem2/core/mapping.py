@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, overload
 
@@ -22,6 +23,7 @@ from apmem2.core.errors import (
 )
 from apmem2.core.granularity import Durability, Granularity, MemFlags, Protection, Sharing
 from apmem2.core.persist import JOINED_MAX, Data, Inline, Pooled
+from apmem2.core.pieces import PIECE, Progress, in_pieces
 from apmem2.core.ranges import Buffer, Pin, Touched, is_number, pieces_of, whole
 from apmem2.core.registry import Interval, Registry
 from apmem2.core.runtime import EACH, Operation, budget
@@ -294,22 +296,23 @@ class Map:
     # ---- making durable ----------------------------------------------------------------------------------------------
 
     @overload
-    async def persist(self) -> None: ...
+    async def persist(self, *, on_progress: Progress | None = None) -> None: ...
     @overload
-    async def persist(self, offset: int, size: int) -> None: ...
+    async def persist(self, offset: int, size: int, *, on_progress: Progress | None = None) -> None: ...
     @overload
     async def persist(self, offset: Buffer, /) -> None: ...
-    async def persist(self, offset: Any = None, size: Any = None) -> None:
+    async def persist(self, offset: Any = None, size: Any = None, *, on_progress: Progress | None = None) -> None:
         """Make all of it, `size` bytes from `offset` on, or what `buffer` covers durable.
 
         offset, size: bytes; size 0 does nothing. buffer: any buffer inside the map; of a strided one the pages that it
         touches. Stores made before the call by the caller's own thread are covered; those of other threads are the
-        caller's to order.
+        caller's to order. More than 8 MiB go piece by piece, which others of the same file may come in between:
+        on_progress(bytes done, all bytes) is called on the loop after each piece.
 
         Durability: on return the bytes survive a power cut, where `durability` is POWER_LOSS.
         Raises: `PersistError` when the sync failed, `MapFailedError` when an earlier one of this file did,
-        `ClosedError`, `OutOfRangeError`. Cancelled before it began, nothing is submitted; after that it goes on in the
-        background.
+        `ClosedError`, `OutOfRangeError`. Cancelled before it began, nothing is submitted; after that the piece under
+        way goes on in the background, and no further one is begun.
         """
         # The walk of most calls: what is odd about the others, the rest finds out.
         if type(offset) is int and type(size) is int:
@@ -326,7 +329,7 @@ class Map:
                     return
                 if code != _OUT_OF_RANGE:
                     raise self.error(code)
-            elif size > 0 and 0 <= offset <= self._end - size:
+            elif 0 < size <= PIECE and 0 <= offset <= self._end - size and on_progress is None:
                 operation = self._strategy.start_persist(self, owner, offset, size)
                 owner = None  # a traceback that somebody keeps must not keep the memory mapped
                 try:
@@ -356,10 +359,7 @@ class Map:
             await runtime.gather(started)
             return
         start, length = self._range(offset, size, "persist")
-        if length:
-            pending = self._strategy.persist(self, start, length)
-            if pending is not None:
-                await pending
+        await in_pieces(start, length, partial(self._strategy.persist, self), on_progress)
 
     @overload
     async def flush(self) -> None: ...
@@ -379,10 +379,7 @@ class Map:
                     await pending
             return
         start, length = self._range(offset, size, "flush")
-        if length:
-            pending = self._strategy.flush(self, start, length)
-            if pending is not None:
-                await pending
+        await in_pieces(start, length, partial(self._strategy.flush, self), None, grow=False)
 
     async def drain(self) -> None:
         """Wait for every flush and NODRAIN copy accepted before on this map, by whatever task or loop.
@@ -397,13 +394,22 @@ class Map:
 
     # ---- copying -----------------------------------------------------------------------------------------------------
 
-    async def memcpy(self, offset: int, data: Buffer | bytes, flags: MemFlags | int = 0) -> None:
+    async def memcpy(
+        self,
+        offset: int,
+        data: Buffer | bytes,
+        flags: MemFlags | int = 0,
+        *,
+        on_progress: Progress | None = None,
+    ) -> None:
         """Copy data into the map at offset, and make it durable unless flags say otherwise.
 
         data: any buffer. Up to `configure(copy_bytes_max=…)` bytes are copied at the call; longer data is read in the
         pool and must stay unchanged until that has ended, cancelled or not. It may overlap the destination, also
         through another map of the same file. Data that is not contiguous is copied and written piece by piece.
-        flags: see `MemFlags`.
+        flags: see `MemFlags`. on_progress: as for `persist`; more than 8 MiB go piece by piece, from the first byte to
+        the last, and after a cancellation or an error some of the pieces have been written. (Data that overlaps the
+        destination goes in one.)
 
         Durability: flags 0: durable on return. NODRAIN: after the next `drain`. NOFLUSH: after a later `persist`. The
         bytes show in the view on return in every case.
@@ -420,7 +426,7 @@ class Map:
                     if left < 0:
                         await runtime.breathe()
                     return
-                if size <= JOINED_MAX:
+                if size <= JOINED_MAX and on_progress is None:
                     operation = self._strategy.start_copy(self, owner, offset, data)
                     owner = None
                     try:
@@ -440,27 +446,45 @@ class Map:
             return
         source = Data(data, copied_max, _is_mapped)
         start, length = self._range(offset, source.size, "memcpy")
-        if length:
-            pending = self._strategy.copy(self, start, source, bits)
+        strategy = self._strategy
+        if length > PIECE and (source.owned or not await strategy.overlaps(self, start, source)):
+            await in_pieces(0, length, lambda at, n: strategy.copy(self, start + at, source, bits, at, n), on_progress)
+        elif length:
+            pending = strategy.copy(self, start, source, bits)
             if pending is not None:
                 await pending
+            if on_progress is not None:
+                on_progress(length, length)
 
-    async def memmove(self, offset: int, data: Buffer | bytes, flags: MemFlags | int = 0) -> None:
+    async def memmove(
+        self,
+        offset: int,
+        data: Buffer | bytes,
+        flags: MemFlags | int = 0,
+        *,
+        on_progress: Progress | None = None,
+    ) -> None:
         """The same as `memcpy`, which allows overlapping already."""
-        await self.memcpy(offset, data, flags)
+        await self.memcpy(offset, data, flags, on_progress=on_progress)
 
-    async def memset(self, offset: int, value: int, size: int, flags: MemFlags | int = 0) -> None:
-        """Set size bytes from offset on to value (0 to 255). Durability and errors as for `memcpy`."""
+    async def memset(
+        self,
+        offset: int,
+        value: int,
+        size: int,
+        flags: MemFlags | int = 0,
+        *,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Set size bytes from offset on to value (0 to 255). Pieces, durability and errors as for `memcpy`."""
         self._check_writable()
         bits = self._flags(flags)
         byte = whole(value, "value")
         if not 0 <= byte <= 255:
             raise ValueError(f"value must be from 0 to 255, not {byte}")
         start, length = self._range(offset, whole(size, "size"), "memset")
-        if length:
-            pending = self._strategy.fill(self, start, byte, length, bits)
-            if pending is not None:
-                await pending
+        strategy = self._strategy
+        await in_pieces(start, length, lambda at, n: strategy.fill(self, at, byte, n, bits), on_progress)
 
     def _check_writable(self) -> None:
         self._check_open()
@@ -477,16 +501,19 @@ class Map:
             raise ValueError(f"flags are those of MemFlags, not {bits:#x}")
         return bits
 
-    async def populate(self, offset: int | None = None, size: int | None = None) -> None:
+    async def populate(
+        self, offset: int | None = None, size: int | None = None, *, on_progress: Progress | None = None
+    ) -> None:
         """Read a range (default: all) in from the file, so that touching it does not wait. Dirties nothing.
+
+        on_progress: as for `persist`.
 
         Raises `OutOfRangeError`, `PersistError` (errno ENXIO) when the file ends before the range does.
         """
         start, length = self._range(offset, size, "populate")
         if self._view is None:
             raise AccessError(f"{self._name()} was made without Protection.READ", hint="Ask for Protection.READ.")
-        if length:
-            await self._strategy.populate(self, start, length)
+        await in_pieces(start, length, partial(self._strategy.populate, self), on_progress)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

@@ -121,10 +121,20 @@ class Pooled:
         operation = self._operation(bound, lib.APM_JOB_POPULATE, offset, size)
         return operation.bridge.start(operation)
 
-    def copy(self, bound: Bound, offset: int, data: Data, flags: int) -> Awaitable[None] | None:
-        """By flags: durable, accepted or only visible when the awaitable ends."""
-        owned: int = lib.APM_F_SOURCE_OWNED if data.owned else 0
-        return self._store(bound, lib.APM_JOB_COPY, offset, data.size, data.address, flags, owned, data)
+    def copy(
+        self, bound: Bound, offset: int, data: Data, flags: int, place: int = 0, size: int | None = None
+    ) -> Awaitable[None] | None:
+        """By flags: durable, accepted or only visible when the awaitable ends. place, size: a piece of data."""
+        owned: int = _OWNED if data.owned else 0
+        length = data.size if size is None else size
+        return self._store(bound, _COPY, offset, length, data.address + place, flags, owned, data)
+
+    async def overlaps(self, bound: Bound, offset: int, data: Data) -> bool:
+        """Would the copy read bytes that it writes, so that it cannot be cut into pieces?"""
+        request = ffi.new("struct apm_overlap_request *", {"data": data.address, "offset": offset, "size": data.size})
+        keep = (bound.hold(), data)
+        await runtime.control(lib.APM_JOB_OVERLAP, request, bound.error, keep=keep, handle=bound.handle)
+        return bool(request.overlaps)
 
     def fill(self, bound: Bound, offset: int, value: int, size: int, flags: int) -> Awaitable[None] | None:
         """As `copy`, of one byte value."""
@@ -174,11 +184,11 @@ class Inline(Pooled):
             return super().flush(bound, offset, size)
         return self.persist(bound, offset, size)
 
-    def copy(self, bound: Bound, offset: int, data: Data, flags: int) -> Awaitable[None] | None:
-        if (
-            data.size > self.inline_bytes_max or not data.owned
-        ):  # another mapping of the same bytes is looked for in the pool
-            return super().copy(bound, offset, data, flags)
+    def copy(
+        self, bound: Bound, offset: int, data: Data, flags: int, place: int = 0, size: int | None = None
+    ) -> Awaitable[None] | None:
+        if data.size > self.inline_bytes_max or not data.owned:  # the pool looks for other mappings of it
+            return super().copy(bound, offset, data, flags, place, size)
         owner = bound.hold()
         code: int = lib.apm_map_copy(bound.pointer, offset, data.cdata, data.size, flags)
         del owner

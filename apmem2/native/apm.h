@@ -211,6 +211,14 @@ struct apm_check_request {
     uint32_t reserved;
 };
 
+/* Argument of APM_JOB_OVERLAP: would a copy of size bytes at data to offset of the job's map read bytes that it writes,
+ * through whatever mapping of the same file? Then it cannot be cut into pieces. */
+struct apm_overlap_request {
+    uint64_t data, offset, size;
+    uint32_t overlaps;     /* out; also 1 when the kernel's table cannot be read */
+    uint32_t reserved;
+};
+
 /* Two lifetimes. The memory: apm_map_disown says that nobody can reach the bytes any more; an owned
  * mapping is unmapped when that was said and no job uses it, in the pool (law 5). The struct:
  * apm_map_release, once, after which the pointer is not used. Any thread, any order. */
@@ -246,7 +254,8 @@ enum apm_job_kind {
     APM_JOB_OPEN = 6,      /* data = request; likewise below */
     APM_JOB_MAP = 7,
     APM_JOB_ADOPT = 8,
-    APM_JOB_CHECK = 9
+    APM_JOB_CHECK = 9,
+    APM_JOB_OVERLAP = 12
 };
 
 #define APM_PERSIST_UNAWAITED 1 /* nobody waits for this one: the DRAINs of its map report its error */

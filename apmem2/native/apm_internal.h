@@ -189,6 +189,7 @@ void apm_map_decide_copies(struct apm_map *map);
 int apm_map_run(struct apm_map_request *request);
 int apm_adopt_run(struct apm_adopt_request *request);
 int apm_check_run(const struct apm_map *map, struct apm_check_request *request);
+int apm_overlap_run(const struct apm_map *map, struct apm_overlap_request *request);
 /* COPY by stores: the bytes that job->data stands for, which may be a copy of them (*copy, to be freed). */
 int apm_map_source(const struct apm_job *job, const void **source, void **copy);
 int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size);

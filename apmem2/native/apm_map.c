@@ -165,6 +165,16 @@ int apm_map_run(struct apm_map_request *request) {
     return 0;
 }
 
+int apm_overlap_run(const struct apm_map *map, struct apm_overlap_request *request) {
+    uint64_t from, to = map->address + request->offset;
+    bool scattered;
+    request->overlaps = request->data < to + request->size && to < request->data + request->size;
+    if (!request->overlaps && map->file)
+        request->overlaps = apm_vma_overlaps(map->file, request->data, request->size, map->offset + request->offset, &from,
+                                             &scattered) != 0;
+    return 0;
+}
+
 int apm_map_source(const struct apm_job *job, const void **source, void **copy) {
     const struct apm_map *map = job->map;
     uint64_t from;

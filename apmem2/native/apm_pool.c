@@ -16,7 +16,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { THREADS_MIN = 6, THREADS_DEFAULT = 16, THREADS_MAX = 1024, WORKING_PER_FILE = 2 };
+enum {
+    THREADS_MIN = 6,
+    THREADS_DEFAULT = 16,
+    THREADS_MAX = 1024,
+    WORKING_PER_FILE = 2,
+    SHORT = 64 * 1024, /* bytes of a job that any round takes */
+    WALK_MAX = 4 * APM_ROUND_JOBS_MAX, /* jobs looked at for one round */
+};
 
 _Static_assert(sizeof(struct apm_job) == 48, "packed as bytes by the caller");
 _Static_assert(offsetof(struct apm_job, map) == 16 && offsetof(struct apm_job, data) == 40, "likewise");
@@ -219,6 +226,8 @@ void apm_map_errand_done(struct apm_map_full *map) {
 
 /* ---- threads ---------------------------------------------------------------------------------------------------- */
 
+static void unlink_queued(struct apm_record *record);
+
 static int run_copy(const struct apm_record *record) {
     const struct apm_job *job = &record->job;
     const void *source;
@@ -256,32 +265,42 @@ static int run_job(struct apm_record *record) {
         return apm_adopt_run((struct apm_adopt_request *)(uintptr_t)job->data);
     case APM_JOB_CHECK:
         return apm_check_run(job->map, (struct apm_check_request *)(uintptr_t)job->data);
+    case APM_JOB_OVERLAP:
+        return apm_overlap_run(job->map, (struct apm_overlap_request *)(uintptr_t)job->data);
     default:
         return -EINVAL;
     }
 }
 
-/* Up to a round's worth of the file's waiting jobs; those that come from now on wait for the next one (law 2). */
+/* Up to a round's worth of the file's waiting jobs; those that come from now on wait for the next one (law 2). A long job
+ * beyond the round's bytes stays for a later round, while short ones behind it come along: they wait for one piece of other
+ * people's work at most. Copies keep their order, which is that of the bytes of whoever wrote twice. */
 static struct apm_record *take_round(struct apm_file_full *file) { /* pool_lock held */
-    struct apm_record *jobs = file->first, *last = NULL;
-    uint32_t count = 0;
+    struct apm_record *jobs = NULL, **end = &jobs;
+    uint32_t count = 0, seen = 0;
+    uint64_t bytes = 0;
+    bool copies_wait = false;
     numbers.rounds++;
-    for (struct apm_record *record = jobs; record && count < APM_ROUND_JOBS_MAX; record = record->next) {
+    for (struct apm_record *record = file->first, *next; record && count < APM_ROUND_JOBS_MAX && seen < WALK_MAX; record = next) {
         struct apm_map_full *map = (struct apm_map_full *)record->job.map;
+        bool copies = record->job.kind != APM_JOB_PERSIST;
+        next = record->next;
+        seen++;
+        if ((copies && copies_wait) || (count && record->job.size > SHORT && bytes + record->job.size > APM_PIECE)) {
+            copies_wait = copies_wait || copies;
+            continue;
+        }
+        unlink_queued(record);
+        *end = record;
+        end = &record->next;
         record->state = RUNNING;
         record->began = true;
         map->numbers.round_jobs++;
         map->numbers.rounds += map->last_round != numbers.rounds;
         map->last_round = numbers.rounds;
-        last = record;
+        bytes += record->job.size;
         count++;
     }
-    file->first = last->next;
-    if (file->first)
-        file->first->previous = NULL;
-    else
-        file->last = NULL;
-    last->next = NULL;
     numbers.round_jobs += count;
     return jobs;
 }
@@ -337,11 +356,10 @@ static void run_round(uint32_t self) { /* pool_lock held on entry and exit */
     pthread_mutex_lock(&lock);
 }
 
-static void unlink_queued(struct apm_record *record);
-
 /* Opening, mapping and the like, which name no file yet, against plain copies and reading in, which do. */
 static bool is_file_work(const struct apm_record *record) {
-    return record->job.map && record->job.map->file && record->job.kind != APM_JOB_CHECK;
+    return record->job.map && record->job.map->file && record->job.kind != APM_JOB_CHECK &&
+           record->job.kind != APM_JOB_OVERLAP;
 }
 
 /* May a lane that runs so many jobs run one more? One thread is always left to each other lane that runs nothing now, and one
@@ -539,7 +557,8 @@ static bool joins_round(const struct apm_job *job) {
 static int check(const struct apm_job *job) {
     bool ranged = job->kind == APM_JOB_PERSIST || job->kind == APM_JOB_COPY || job->kind == APM_JOB_FILL ||
                   job->kind == APM_JOB_POPULATE;
-    if (job->kind > APM_JOB_CHECK || ((ranged || job->kind == APM_JOB_DRAIN || job->kind == APM_JOB_CHECK) && !job->map))
+    bool of_map = ranged || job->kind == APM_JOB_DRAIN || job->kind == APM_JOB_CHECK || job->kind == APM_JOB_OVERLAP;
+    if (job->kind > APM_JOB_OVERLAP || (of_map && !job->map))
         return -EINVAL;
     if (ranged && (job->offset > job->map->length || job->size > job->map->length - job->offset))
         return APM_E_LENGTH_OUT_OF_RANGE;
