@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import os
 import struct
 import threading
@@ -288,8 +287,10 @@ class Bridge:
     # ---- back --------------------------------------------------------------------------------------------------
 
     def _arrive(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:  # noqa: SIM105 - a context manager would cost more than the call
             os.read(self._fd, 8)
+        except BlockingIOError:
+            pass
         if not self._taking:
             self._take_turn()
 

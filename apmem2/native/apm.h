@@ -305,7 +305,7 @@ int apm_pool_submit(struct apm_channel *channel, struct apm_job *jobs, uint32_t 
 int apm_pool_withdraw(struct apm_channel *channel, uint32_t tag);
 
 /* Moves up to max completions out; the eventfd is written at least once after each became visible, and is
- * reset by the reader before this call. One thread at a time for a channel. */
+ * reset by the reader before this call. Whoever was given max of them asks again. One thread at a time for a channel. */
 int apm_channel_take(struct apm_channel *channel, struct apm_result *out, uint32_t max);
 
 /* At exit: withdraws what has not begun, refuses what comes, waits up to timeout_ms for what runs. Returns the
