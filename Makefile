@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard apmem2/native/*.c apmem2/native/*.h) apmem2/native/_build.py setup.py pyproject.toml
 
-.PHONY: demo test check bench native native-test clean preconditions
+.PHONY: demo test check bench native bench-compare native-test clean preconditions
 
 preconditions:
 	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Debian: apt-get install python3)"; exit 1; }
@@ -43,6 +43,11 @@ check: preconditions $(VENV)/.check-stamp
 
 bench: preconditions $(VENV)/.test-stamp
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGUMENTS)
+
+# Two results of `make bench BENCH_ARGUMENTS='--json FILE'`, or several of each: ratios only, status 1 when a goal was lost.
+bench-compare: preconditions $(VENV)/.test-stamp
+	@[ -n "$(BEFORE)" ] && [ -n "$(AFTER)" ] || { echo "say: make bench-compare BEFORE=a.json AFTER=b.json"; exit 2; }
+	$(BIN)/python -m tests.benchmarks.compare --before $(BEFORE) --after $(AFTER)
 
 native:
 	$(MAKE) -C apmem2/native lib

@@ -1,10 +1,12 @@
 """Run the benchmarks: `python -m tests.benchmarks` from the root of the project.
 
---quick                about two minutes instead of about eight
+--quick                less of everything: about a minute for a file system instead of about three
+--runs N               all of it N times, one after the other; a goal is met when more than half of the runs meet it
 --rows a,b             only these (--list shows them)
 --file-systems LIST    of host, ext4 (with a journal) and xfs (both on loop devices, for root); default: all
 --directory DIR        where "host" is and where the loop devices' files lie; default: the current directory
---json FILE            the results as well as the table
+--json FILE            the results of every run as well as the table; `tests.benchmarks.compare` compares two of them
+--markdown FILE ...    run nothing: the README's table, from what --json wrote
 --loop asyncio|uvloop  default: uvloop where it is installed
 --strict               status 1 also when a goal is not met
 """
@@ -23,14 +25,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import report, rows_loop, rows_media, rows_native, rows_persist, rows_process
+from . import markdown, report, rows_beside, rows_loop, rows_media, rows_native, rows_persist, rows_process, rows_trip
+from .compare import load
 from .context import ROOT, Context, Entry, build_limits
 from .harness import DEFAULT, MIB, QUICK, Row, Scale, Verdict
+from .series import series_of
 
 ENTRIES: list[Entry] = [
     *rows_persist.ENTRIES,
+    *rows_beside.ENTRIES,
     *rows_media.ENTRIES,
     *rows_loop.ENTRIES,
+    *rows_trip.ENTRIES,
     *rows_native.ENTRIES,
     *rows_process.ENTRIES,
 ]
@@ -42,17 +48,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     keys = [entry.key for entry in ENTRIES]
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Ratios inside one run.")
-    parser.add_argument("--quick", action="store_true", help="about two minutes")
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--runs", type=int, default=1, help="all of it so many times (default: 1)")
     parser.add_argument("--rows", default=",".join(keys), help=f"of {','.join(keys)}")
     parser.add_argument("--list", action="store_true", help="show the rows' keys")
     parser.add_argument("--file-systems", default="host,ext4,xfs", help="of host,ext4,xfs (default: all)")
     parser.add_argument("--directory", type=Path, default=Path.cwd(), help="where to work (default: here)")
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--markdown", type=Path, nargs="+", help="the README's table, from what --json wrote")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), help="default: uvloop where it is installed")
     parser.add_argument("--strict", action="store_true", help="status 1 when a goal is not met")
     chosen = parser.parse_args(arguments)
     chosen.rows = chosen.rows.split(",")
     chosen.file_systems = chosen.file_systems.split(",")
+    if chosen.runs < 1:
+        parser.error("--runs takes a number from 1 on")
     for one in chosen.rows:
         if one not in keys:
             parser.error(f"no row {one!r}: there are {', '.join(keys)}")
@@ -108,7 +118,7 @@ def run_entry(entry: Entry, context: Context, loop: asyncio.Runner, label: str) 
     except Exception as error:
         rows = [Row(entry.key, "", error=f"{type(error).__name__}: {error}")]
     for row in rows:
-        row.file_system = label if entry.each else "any"
+        row.file_system = label if entry.each else markdown.ANY
     print(f"{time.monotonic() - began:.1f} s", file=sys.stderr)
     return rows
 
@@ -138,26 +148,36 @@ def main() -> int:
     if chosen.list:
         print("\n".join(entry.key for entry in ENTRIES))
         return 0
+    if chosen.markdown:
+        side = load(chosen.markdown)
+        print(markdown.table(side.headers[0], series_of(side.runs), len(side.runs)), end="")
+        return 0
     sys.path.insert(0, str(ROOT))
     chosen.directory = chosen.directory.resolve()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was mounted and written is removed then too
+    scale = QUICK if chosen.quick else DEFAULT
     places: list[str] = []
-    rows: list[Row] = []
+    runs: list[list[Row]] = []
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="apmem2-limits-") as build:
+        limits = build_limits(Path(build))
         try:
-            run_all(chosen, QUICK if chosen.quick else DEFAULT, build_limits(Path(build)), places, rows)
+            while len(runs) < chosen.runs:
+                runs.append([])
+                run_all(chosen, scale, limits, places, runs[-1])
         except KeyboardInterrupt:
             interrupted = True
             print("interrupted: what follows is what there was until then", file=sys.stderr)
     loop, loop_name = runner(chosen.loop)
     loop.close()
-    head = report.header(loop_name, places)
-    report.show(head, rows)
+    head = report.header(loop_name, places, scale.name, len(runs))
+    report.show(head, runs)
     if chosen.json:
-        report.save(chosen.json, head, rows)
-    bad = {Verdict.ERROR, Verdict.NOT_MET, Verdict.VOID} if chosen.strict else {Verdict.ERROR}
-    return 130 if interrupted else int(any(row.verdict in bad for row in rows))
+        report.save(chosen.json, head, runs)
+    broken = any(row.verdict is Verdict.ERROR for rows in runs for row in rows)
+    bad = {Verdict.NOT_MET, Verdict.VOID, Verdict.ERROR}
+    missed = chosen.strict and any(series.verdict in bad for series in series_of(runs))
+    return 130 if interrupted else int(broken or missed)
 
 
 if __name__ == "__main__":

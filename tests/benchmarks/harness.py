@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from statistics import median
@@ -99,6 +99,15 @@ class Row:
     void: str = ""
     skipped: str = ""
     error: str = ""
+
+    @property
+    def speaks(self) -> bool:
+        """Is its ratio a claim?"""
+        return not (self.error or self.skipped or self.void)
+
+    def plain(self) -> dict[str, object]:
+        """Its fields, for a file of results."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def verdict(self) -> Verdict:
@@ -204,11 +213,15 @@ class Scale:
     many_tasks: int
     registered: int
     waiting: int
+    large_bytes: tuple[int, ...]
+    name: str
 
 
-DEFAULT = Scale(7, 200, 8, 64 * MIB, 256 * MIB, 128 * MIB, 1.0, 256, 1024, 100_000, 100_000)
-QUICK = Scale(5, 60, 4, 32 * MIB, 256 * MIB, 64 * MIB, 0.4, 256, 1024, 20_000, 20_000)
-TINY = Scale(1, 4, 1, 1 * MIB, 1 * MIB, 1 * MIB, 0.02, 8, 16, 150, 150)
+DEFAULT = Scale(
+    7, 200, 8, 64 * MIB, 256 * MIB, 128 * MIB, 1.0, 256, 1024, 100_000, 100_000, (256 * MIB, 1024 * MIB), "full"
+)
+QUICK = Scale(5, 60, 4, 32 * MIB, 256 * MIB, 64 * MIB, 0.4, 256, 1024, 20_000, 20_000, (256 * MIB,), "quick")
+TINY = Scale(1, 4, 1, 1 * MIB, 1 * MIB, 1 * MIB, 0.02, 8, 16, 150, 150, (2 * MIB,), "tiny")
 
 
 def microseconds(ns: float) -> str:

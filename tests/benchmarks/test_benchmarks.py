@@ -16,7 +16,7 @@ from . import harness, rows_native
 from .__main__ import ENTRIES, parse, place, run_entry, runner
 from .context import Context, Limits, build_limits, scattered_pages
 from .harness import DEFAULT, PAGE, TINY, Counters, Device, Goal, Rounds, Row, Verdict
-from .report import cells, file_system_of, save, show
+from .report import file_system_of, save, show
 
 
 def test_a_percentile_is_the_nearest_rank() -> None:
@@ -121,7 +121,9 @@ def test_a_bare_loop_that_fails_is_an_error(limits: Path, tmp_path: Path) -> Non
         loop.run(1)
 
 
-@pytest.mark.parametrize("key", ["memcpy", "bytes", "ceiling", "line", "memory"])
+@pytest.mark.parametrize(
+    "key", ["memcpy", "bytes", "ceiling", "line", "memory", "many", "same", "other", "trip", "inline"]
+)
 def test_a_row_runs(limits: Path, tmp_path: Path, key: str) -> None:
     entry = next(entry for entry in ENTRIES if entry.key == key)
     loop, name = runner("asyncio")
@@ -134,12 +136,12 @@ def test_a_row_runs(limits: Path, tmp_path: Path, key: str) -> None:
 
 def test_the_report_shows_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [Row("a", "b", ratio=1.5, goal=Goal(">=", 1)), Row("c", "d", skipped="not here")]
-    show({"kernel": "x"}, rows)
-    save(tmp_path / "found.json", {"kernel": "x"}, rows)
+    show({"kernel": "x"}, [rows])
+    save(tmp_path / "found.json", {"kernel": "x"}, [rows])
     text = capsys.readouterr().out
     assert "met: 1, skipped: 1" in text
     assert "not here" in text
-    assert cells(rows[0])[5:8] == ("1.50", ">= 1", "met")
+    assert "met     1.50  >= 1    a" in text
     assert '"verdict": "met"' in (tmp_path / "found.json").read_text()
     assert file_system_of(tmp_path)
 

@@ -1,5 +1,5 @@
 """What has to be measured in a process of its own: `python worker.py registry N`, `... memory bare|pool`, `... waiting
-bare|persist COUNT [FILE]`, `... ticker`. Prints JSON."""
+bare|persist COUNT [FILE]`, `... ticker`, `... trips LOOP`, `... inline LOOP BYTES_MAX FILE`. Prints JSON."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import asyncio
 import contextlib
 import json
 import mmap
+import os
 import sys
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 
 def resident() -> dict[str, int]:
@@ -65,12 +69,9 @@ async def memory(kind: str) -> None:
     await asyncio.sleep(0.01)
     if kind == "pool":
         import apmem2  # noqa: F401
-        from apmem2.core import runtime
-        from apmem2.core.errors import error_of
-        from apmem2.native import ffi, lib
 
         for _ in range(20):
-            await runtime.control(lib.APM_JOB_NOOP, ffi.NULL, lambda code: error_of(code, "an empty job"))
+            await one_job()
     say(resident())
 
 
@@ -122,6 +123,82 @@ async def ticker() -> None:
         say(late)
 
 
+async def one_job() -> None:
+    """An empty one, to the pool and back."""
+    from apmem2.core import runtime
+    from apmem2.core.errors import error_of
+    from apmem2.native import ffi, lib
+
+    await runtime.control(lib.APM_JOB_NOOP, ffi.NULL, lambda code: error_of(code, "an empty job"))
+
+
+async def trips() -> None:
+    """For each line of the input, `job|wake COUNT PAUSE_NS`: nanoseconds of each empty job, or of each wake-up through
+    an eventfd that a reader of this loop waits for, after a pause in which nothing ran."""
+    loop = asyncio.get_running_loop()
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    waiting: list[asyncio.Future[None]] = []
+
+    def arrive() -> None:
+        os.eventfd_read(fd)
+        waiting.pop().set_result(None)
+
+    async def one_wake() -> None:
+        future = loop.create_future()
+        waiting.append(future)
+        os.eventfd_write(fd, 1)
+        await future
+
+    loop.add_reader(fd, arrive)
+    for line in sys.stdin:
+        what, count, pause_ns = line.split()
+        one = one_job if what == "job" else one_wake
+        took: list[int] = []
+        for _ in range(int(count)):
+            time.sleep(int(pause_ns) / 1e9)  # noqa: ASYNC251 - the loop has nothing else to do
+            began = perf_counter_ns()
+            await one()
+            took.append(perf_counter_ns() - began)
+        say(took)
+    loop.remove_reader(fd)
+    os.close(fd)
+
+
+async def inline(bytes_max: int, path: str) -> None:
+    """Whether this processor can flush lines; then for each line of the input, `SIZE COUNT`, nanoseconds of each
+    persist of so many dirty bytes at cache-line granularity."""
+    import warnings
+
+    import apmem2
+
+    warnings.simplefilter("ignore", apmem2.DurabilityWarning)
+    os.environ["PMEM2_FORCE_GRANULARITY"] = "CACHE_LINE"
+    apmem2.configure(inline_bytes_max=bytes_max)
+    async with apmem2.open(path, 1 << 20) as m:
+        able = m.granularity is apmem2.Granularity.CACHE_LINE
+        say(able)
+        for line in sys.stdin:
+            size, count = map(int, line.split())
+            took: list[int] = []
+            for number in range(count):
+                m[0:size] = bytes([number % 251 + 1]) * size
+                began = perf_counter_ns()
+                await m.persist(0, size)
+                took.append(perf_counter_ns() - began)
+            say(took)
+
+
+def run_on(name: str, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """asyncio.run, on that loop."""
+    if name == "uvloop":
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+    else:
+        asyncio.run(main())
+
+
 if __name__ == "__main__":
     import cffi  # noqa: F401
 
@@ -134,5 +211,9 @@ if __name__ == "__main__":
         asyncio.run(memory(rest[0]))
     elif command == "ticker":
         asyncio.run(ticker())
+    elif command == "trips":
+        run_on(rest[0], trips)
+    elif command == "inline":
+        run_on(rest[0], lambda: inline(int(rest[1]), rest[2]))
     else:
         asyncio.run(waiting(rest[0], int(rest[1]), rest[2] if len(rest) > 2 else ""))
