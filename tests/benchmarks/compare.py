@@ -63,6 +63,13 @@ class Change:
         found = self.after.goal if self.after is not None else None
         return found or (self.before.goal if self.before is not None else None)
 
+    @property
+    def goal_text(self) -> str:
+        """Said aloud when it moved: a goal that was lowered hides a loss from `lost`."""
+        then = self.before.goal if self.before is not None else None
+        moved = self.before is not None and self.after is not None and then != self.after.goal
+        return f"{then or 'none'} -> {self.after.goal or 'none'}" if moved and self.after else str(self.goal or "")
+
     def was_met(self, series: Series | None) -> bool | None:
         """By more than half of its runs (a void one meets nothing). None: cannot be said, or nothing was asked."""
         if series is None or self.goal is None or all(row.verdict is Verdict.SKIPPED for row in series.rows):
@@ -120,7 +127,7 @@ def table(found: Sequence[Change]) -> Iterator[str]:
     for change in sorted(found, key=lambda one: not one.lost):
         file_system, what, against = change.key
         percent = "" if change.factor is None else f"{(change.factor - 1) * 100:+.0f} %"
-        goal, beside = str(change.goal or ""), f"{what}, against {against}" if against else what
+        goal, beside = change.goal_text, f"{what}, against {against}" if against else what
         lines.append((file_system, cell(change.before), cell(change.after), percent, goal, change.word, beside))
     widths = [max(len(line[column]) for line in lines) for column in range(6)]
     for line in lines:

@@ -132,8 +132,10 @@ def test_rows_of_one_side_only_are_shown_and_lose_nothing(tmp_path: Path, capsys
     assert "only after" in text
 
 
-def test_a_goal_that_moved_is_asked_of_both_sides(tmp_path: Path) -> None:
-    assert compared(tmp_path, runs(1.0), runs(1.0, goal=Goal(">=", 2))) == 0
+def test_a_goal_that_moved_is_asked_of_both_sides_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compared(tmp_path, runs(1.0), runs(0.7, goal=Goal(">=", 0.6))) == 0
+    assert compared(tmp_path, runs(1.0), runs(0.5, goal=Goal(">=", 2))) == 0
+    assert ">= 0.8 -> >= 0.6" in capsys.readouterr().out
 
 
 def test_another_machine_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
