@@ -18,7 +18,7 @@ from .harness import Row, Verdict
 from .series import Series, as_json, series_of
 
 WIDTH = 120
-WHAT = 62  # columns of what was measured
+WHAT = 66  # columns of what was measured
 COLOURS = {Verdict.MET: "32", Verdict.NOT_MET: "31", Verdict.VOID: "35", Verdict.ERROR: "31"}
 
 

@@ -63,7 +63,7 @@ async def ceiling(c: Context) -> list[Row]:
             left, right = await interleave(c.scale.alternations, ours, lambda: rate(released, tasks, turns))
     row = Row(
         f"memcpy of 64 B + durable, {tasks:,} tasks",
-        "the loop's own ceiling: a future per operation, released by call_soon",
+        "the loop's ceiling: a future per operation, by call_soon",
         per_second(median(left)),
         per_second(median(right)),
         median_ratio(left, right),
@@ -242,7 +242,7 @@ async def lag(c: Context) -> list[Row]:
                 m[offset : offset + PAGE] = DATA
                 await released(offset)
 
-            async def busy(each: Each, where: list[int], rounds: Rounds | None = None) -> Ticker:
+            async def busy(each: Each, where: list[int], seconds: float, rounds: Rounds | None = None) -> Ticker:
                 end = perf_counter() + seconds
 
                 async def one(offset: int) -> None:
@@ -264,10 +264,10 @@ async def lag(c: Context) -> list[Row]:
                 rounds = Rounds(c.device)
 
                 async def ours(each: Each = each, where: list[int] = where, rounds: Rounds = rounds) -> Ticker:
-                    return await busy(each, where, rounds)
+                    return await busy(each, where, seconds, rounds)
 
                 async def theirs(without: Each = without, where: list[int] = where) -> tuple[Ticker, Ticker]:
-                    return await idle(seconds / 2), await busy(without, where)
+                    return await idle(seconds / 2), await busy(without, where, seconds / 2)
 
                 left, right = await interleave(max(3, c.scale.alternations // 2), ours, theirs)
                 for against, side, goal in (

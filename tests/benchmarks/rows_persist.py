@@ -133,7 +133,7 @@ async def memcpy_one_page(c: Context) -> list[Row]:
             Goal(">=", 0.8),
         ),
         Row(
-            "  its added latency (p50)",
+            f"{what}: latency added (p50)",
             "an empty native pool round trip",
             microseconds(median(added)),
             microseconds(p50(trips)),
@@ -142,7 +142,7 @@ async def memcpy_one_page(c: Context) -> list[Row]:
             void=too_noisy,
         ),
         Row(
-            "  its added latency (p50)",
+            f"{what}: latency added (p50)",
             "the same after a pause as long as the write",
             microseconds(median(added)),
             microseconds(p50(slow_trips)),
