@@ -94,9 +94,9 @@ class Change:
 
     @property
     def factor(self) -> float | None:
-        """The ratio after, in parts of the one before."""
+        """The ratio after, in parts of the one before; None where one is a difference that came out below zero."""
         then, now = (side.ratio if side is not None else None for side in (self.before, self.after))
-        return now / then if now is not None and then else None
+        return now / then if now is not None and then is not None and then > 0 and now >= 0 else None
 
 
 def changes(before: Side, after: Side) -> list[Change]:

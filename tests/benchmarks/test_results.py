@@ -138,6 +138,11 @@ def test_a_goal_that_moved_is_asked_of_both_sides_and_told(tmp_path: Path, capsy
     assert ">= 0.8 -> >= 0.6" in capsys.readouterr().out
 
 
+def test_a_difference_below_zero_has_no_percentage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compared(tmp_path, runs(-0.5, goal=Goal("<=", 1)), runs(0.5, goal=Goal("<=", 1))) == 0
+    assert "%" not in capsys.readouterr().out
+
+
 def test_another_machine_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(tmp_path, runs(1.0), runs(1.0), kernel="Linux 7") == 0
     text = capsys.readouterr().out
