@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import mmap
 import os
 import threading
@@ -17,6 +18,7 @@ import uvloop
 import apmem2
 from apmem2.core import config, runtime
 from apmem2.native import lib
+from tests.conftest import Faults
 
 PAGE = mmap.PAGESIZE
 HANG_S = 20  # only tells a hang from work
@@ -689,3 +691,71 @@ def test_the_defaults_are_inside_their_own_bounds() -> None:
     settings = config.Settings()
     assert 2 <= settings.threads <= 1024
     assert 1 <= settings.jobs_max <= 1 << 20
+
+
+@pytest.mark.asyncio
+async def test_completions_are_settled_a_few_at_a_time(directory: Path, faults: Faults) -> None:
+    """Else whoever else is on the loop would wait for all the tasks that a round wakes."""
+    count = 400
+    async with apmem2.open(directory / "a", size=PAGE) as m:
+        faults.hold("msync")
+        first = asyncio.ensure_future(m.persist(0, 1))
+        await faults.held()
+        awake = 0
+
+        async def one() -> None:
+            nonlocal awake
+            await m.persist(0, 1)
+            awake += 1
+
+        tasks = [asyncio.ensure_future(one()) for _ in range(count)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        faults.release()
+        seen: list[int] = []
+        while awake < count:
+            await asyncio.sleep(0)
+            if not seen or seen[-1] != awake:
+                seen.append(awake)
+        await asyncio.gather(first, *tasks)
+        steps = [after - before for before, after in itertools.pairwise(seen)]
+        assert max(steps) <= 100
+
+
+@pytest.mark.asyncio
+async def test_persists_of_the_tasks_that_a_round_wakes_share_the_next_one(directory: Path, faults: Faults) -> None:
+    count = 200
+    async with apmem2.open(directory / "a", size=PAGE) as m:
+        faults.hold("msync")
+        first = asyncio.ensure_future(m.persist(0, 1))
+        await faults.held()
+
+        async def one() -> None:
+            await m.persist(0, 1)
+            await m.persist(0, 1)
+
+        tasks = [asyncio.ensure_future(one()) for _ in range(count)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        faults.release()
+        await asyncio.gather(first, *tasks)
+        counted = m.statistics()
+        assert (counted.rounds, counted.round_jobs) == (3, 1 + 2 * count)
+
+
+def test_short_copies_beyond_the_slots_arrive_whole(run_program: Any) -> None:
+    """What did not fit is joined again, with whatever leaves with it then."""
+    run_program(
+        """
+import asyncio, apmem2
+apmem2.configure(jobs_max=3)
+
+async def main():
+    async with apmem2.open("a", size=1 << 20) as m:
+        data = [bytes([n % 251]) * (n % 97 + 1) for n in range(2000)]
+        await asyncio.gather(*(m.memcpy(n * 128, each) for n, each in enumerate(data)))
+        assert all(m[n * 128 : n * 128 + len(each)] == each for n, each in enumerate(data))
+
+asyncio.run(main())
+"""
+    )

@@ -296,10 +296,12 @@ class Bridge:
 
     def _take_turn(self) -> None:
         """Settle some; the tasks that they wake, and whoever else is there, have their turn before the next."""
-        self._taking = self._take(_TURN) == _TURN
+        count = self._take(_TURN)
+        # Once there is more than one turn there is one after the last, when the tasks that it woke have asked as well.
+        self._taking = count == _TURN or (self._taking and count > 0)
         if self._taking:
             self.loop.call_soon(self._take_turn)
-        elif self._tick:
+        elif self._tick and not self._scheduled:
             self._leave()
         if self._room:
             waiting, self._room = self._room, []
