@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import apmem2
+from tests.media.disk import DeviceStat
 
 PAGE = 4096
 MIB = 1 << 20
@@ -146,18 +147,18 @@ class Device:
         where = where.resolve() if where.exists() else where
         if (where / "partition").exists():
             where = where.parent
-        self._stat = where / "stat"
-        self.name = where.name if self._stat.exists() else ""
+        self._directory = where
+        self.name = where.name if (where / "stat").exists() else ""
 
     def __bool__(self) -> bool:
         return bool(self.name)
 
     def read(self) -> Counters:
-        """Fields 7 and 16 of Documentation/block/stat.rst."""
+        """As of now."""
         if not self.name:
             return Counters(0, 0)
-        fields = [int(one) for one in self._stat.read_text().split()]
-        return Counters(fields[6] * 512, fields[15] if len(fields) > 15 else 0)
+        found = DeviceStat.of(self._directory)
+        return Counters(found.sectors_written * 512, found.flushes)
 
 
 @dataclass

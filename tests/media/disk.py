@@ -91,13 +91,23 @@ def _run(*command: str) -> str:
 
 @dataclass(frozen=True)
 class DeviceStat:
-    """What the kernel counts for a block device, in /sys/block/.../stat."""
+    """What the kernel counts for a block device, in /sys/block/.../stat: subtract one from another. Sectors are of 512
+    bytes."""
 
     reads: int
     sectors_read: int
     writes: int
     sectors_written: int
     flushes: int
+
+    @classmethod
+    def of(cls, device: Path) -> DeviceStat:
+        """Fields 1, 3, 5, 7 and 16 of Documentation/block/stat.rst; `device` is its directory below /sys."""
+        fields = [int(one) for one in (device / "stat").read_text().split()]
+        return cls(fields[0], fields[2], fields[4], fields[6], fields[15] if len(fields) > 15 else 0)
+
+    def __sub__(self, other: DeviceStat) -> DeviceStat:
+        return DeviceStat(*(getattr(self, name) - getattr(other, name) for name in self.__dataclass_fields__))
 
 
 @contextmanager
@@ -251,8 +261,7 @@ class BlockDisk:
         one. A write with FUA is one too: a loop device has no FUA, so a flush follows the write. Field 5 counts a
         flush that somebody asked for as a write of no bytes as well: 200 times write + fdatasync are 400 writes.
         """
-        fields = [int(one) for one in Path("/sys/block", Path(self.device).name, "stat").read_text().split()]
-        return DeviceStat(fields[0], fields[2], fields[4], fields[6], fields[15])
+        return DeviceStat.of(Path("/sys/block", Path(self.device).name))
 
     def extent_of(self, path: str | os.PathLike[str], offset: int = 0) -> int:
         """Where on the disk the byte ``offset`` of a file lies. The file must have been synced.
