@@ -22,6 +22,7 @@ _FLUSH_COST = 8192  # of the inline budget: a submission of its own
 _PERSIST: int = lib.APM_JOB_PERSIST
 _COPY: int = lib.APM_JOB_COPY
 _OWNED: int = lib.APM_F_SOURCE_OWNED
+_SHARED_POPULATE = 4 << 20  # bytes from which on two jobs share the reading in
 _NODRAIN = int(MemFlags.NODRAIN)
 _NOFLUSH = int(MemFlags.NOFLUSH)
 
@@ -118,7 +119,20 @@ class Pooled:
 
     def populate(self, bound: Bound, offset: int, size: int) -> Awaitable[None]:
         """Read in when the awaitable ends."""
-        operation = self._operation(bound, lib.APM_JOB_POPULATE, offset, size)
+        if size < _SHARED_POPULATE:
+            operation = self._operation(bound, lib.APM_JOB_POPULATE, offset, size)
+            return operation.bridge.start(operation)
+        # Two that take turns along the range: while one waits for the device, the other maps what has come.
+        both = [
+            self._operation(bound, lib.APM_JOB_POPULATE, offset, size, half)
+            for half in (lib.APM_POPULATE_EVEN, lib.APM_POPULATE_ODD)
+        ]
+        return runtime.gather([operation.bridge.start(operation) for operation in both])
+
+    def ask(self, bound: Bound, kind: int, offset: int, size: int, request: Any) -> Awaitable[None]:
+        """The request about a range is answered when the awaitable ends."""
+        place = int(ffi.cast("uintptr_t", request))
+        operation = self._operation(bound, kind, offset, size, data=place, keep=request)
         return operation.bridge.start(operation)
 
     def copy(

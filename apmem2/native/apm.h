@@ -219,6 +219,24 @@ struct apm_overlap_request {
     uint32_t reserved;
 };
 
+/* Argument of APM_JOB_SPLIT: folios of the page cache that hold more than one page of the range are split into single
+ * pages, in memory: nothing is read, written or dropped for it. What is dirty, or mapped by another process, mostly stays
+ * as it is. Only shared file mappings at PAGE granularity; on others it does nothing. */
+#define APM_SPLIT_RANDOM 1 /* and the mapping is advised that access is random: no read-ahead by faults from now on */
+struct apm_split_request {
+    uint32_t flags;     /* APM_SPLIT_* */
+    uint32_t reserved;
+    uint64_t bytes;     /* out: in folios that were seen to be split (0 where /proc cannot be read) */
+};
+
+/* Argument of APM_JOB_MEASURE: how much does a store into one page make dirty? Makes up to samples pages of the range
+ * dirty, unchanged: the caller persists them. Pages that are dirty already tell nothing. */
+struct apm_measure_request {
+    uint32_t samples;   /* at most this many pages, spread over the range */
+    uint32_t measured;  /* out: pages that told; 0: not known here */
+    uint64_t bytes;     /* out: made dirty by them */
+};
+
 /* Two lifetimes. The memory: apm_map_disown says that nobody can reach the bytes any more; an owned
  * mapping is unmapped when that was said and no job uses it, in the pool (law 5). The struct:
  * apm_map_release, once, after which the pointer is not used. Any thread, any order. */
@@ -250,15 +268,19 @@ enum apm_job_kind {
     APM_JOB_COPY = 2,      /* offset, size, data = source address, flags = APM_F_* */
     APM_JOB_FILL = 3,      /* offset, size, data = byte value, flags = APM_F_* */
     APM_JOB_DRAIN = 4,     /* completes after what was accepted before it on this map; flags = APM_DRAIN_* */
-    APM_JOB_POPULATE = 5,  /* offset, size: read in, dirty nothing */
+    APM_JOB_POPULATE = 5,  /* offset, size: read in as single pages, dirty nothing; flags = APM_POPULATE_* */
     APM_JOB_OPEN = 6,      /* data = request; likewise below */
     APM_JOB_MAP = 7,
     APM_JOB_ADOPT = 8,
     APM_JOB_CHECK = 9,
+    APM_JOB_SPLIT = 10,    /* offset, size, data = request; likewise below */
+    APM_JOB_MEASURE = 11,
     APM_JOB_OVERLAP = 12
 };
 
 #define APM_PERSIST_UNAWAITED 1 /* nobody waits for this one: the DRAINs of its map report its error */
+#define APM_POPULATE_EVEN 1     /* only the blocks of 2 MiB with an even number in the file: two jobs share a long range */
+#define APM_POPULATE_ODD 2
 #define APM_DRAIN_ALL 1         /* wait for every kind of job, and for the unmapping when it is under way */
 
 /* One entry of a submission. 48 bytes, no padding: the caller may pack it as bytes. */

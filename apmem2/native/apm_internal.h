@@ -121,6 +121,7 @@ struct apm_file_full {
     bool synced;                /* files_lock: its size and blocks were durable when a path was opened here */
     bool dsync_works;           /* one round at a time: RWF_DSYNC has been granted */
     bool ranges_work, no_ranges; /* likewise: sync_file_range has been granted, or refused */
+    uint32_t large_reads;       /* atomic; apm_folio.c: may it be read as large folios that are split then? */
     struct apm_work close_work;
     /* rounds: pool_lock */
     struct apm_record *first, *last; /* jobs waiting for the next round */
@@ -192,9 +193,13 @@ int apm_check_run(const struct apm_map *map, struct apm_check_request *request);
 int apm_overlap_run(const struct apm_map *map, struct apm_overlap_request *request);
 /* COPY by stores: the bytes that job->data stands for, which may be a copy of them (*copy, to be freed). */
 int apm_map_source(const struct apm_job *job, const void **source, void **copy);
-int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size);
 void apm_map_unmap(struct apm_map_full *map); /* memory and file; then drops the memory's reference */
 void apm_map_drop(struct apm_map_full *map);
+
+/* ---- the page cache: apm_folio.c --------------------------------------------------------------------- */
+int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size, uint32_t flags);
+int apm_split_run(const struct apm_map *map, uint64_t offset, uint64_t size, struct apm_split_request *request);
+int apm_measure_run(const struct apm_map *map, uint64_t offset, uint64_t size, struct apm_measure_request *request);
 
 /* ---- pool -------------------------------------------------------------------------------------------- */
 enum apm_record_state { FREE = 0, QUEUED_WORK, QUEUED_ROUND, PARKED, RUNNING, DONE };

@@ -12,19 +12,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
 #ifndef MAP_SYNC
 #define MAP_SYNC 0x80000
 #endif
 #ifndef MAP_SHARED_VALIDATE
 #define MAP_SHARED_VALIDATE 3
 #endif
-
-/* Read-ahead in pieces: one request over everything is cut short without a word, and pieces of at most this size
- * leave small folios behind (measured, DESIGN of the page cache in ARCHITECTURE.md). */
-#define READ_PIECE ((uint64_t)2 << 20)
 
 uint64_t apm_page_size(void) {
     static uint64_t size;
@@ -191,35 +184,6 @@ int apm_map_source(const struct apm_job *job, const void **source, void **copy) 
     if (!*copy)
         return -ENOMEM;
     *source = memcpy(*copy, *source, job->size);
-    return 0;
-}
-
-int apm_populate_run(const struct apm_map *map, uint64_t offset, uint64_t size) {
-    const uint64_t page = apm_page_size();
-    uint64_t begin = (map->address + offset) & ~(page - 1);
-    uint64_t end = (map->address + offset + size + page - 1) & ~(page - 1);
-    for (uint64_t at = begin; at < end; at += READ_PIECE) {
-        uint64_t piece = end - at < READ_PIECE ? end - at : READ_PIECE;
-        int result;
-        if (map->file && map->file->fd >= 0) {
-            uint64_t in_file = map->offset + (at - map->address);
-            APM_OUTSIDE(result, APM_CALL_FADVISE, map->file->inode, in_file, piece,
-                        posix_fadvise(apm_file_fd(map->file), (off_t)in_file, (off_t)piece, POSIX_FADV_WILLNEED));
-        }
-        APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_POPULATE_READ));
-        if (result < 0 && (errno == EINVAL || errno == ENOSYS || errno == EPERM || errno == EOPNOTSUPP)) {
-            /* before 5.14: only read ahead, which is advice, and no error when it is not taken */
-            APM_OUTSIDE(result, APM_CALL_MADVISE, 0, at, piece, madvise((void *)at, piece, MADV_WILLNEED));
-            result = 0;
-        }
-        if (result < 0 && errno == EFAULT) { /* SIGBUS to whoever touches it: no such page, or the device cannot read it */
-            if (map->file && apm_file_holds(map->file, map->offset + offset, size) == APM_E_MAP_RANGE)
-                return APM_E_FILE_SHRANK;
-            return -EIO;
-        }
-        if (result < 0)
-            return errno == ENOMEM ? APM_E_NOT_MAPPED : -errno;
-    }
     return 0;
 }
 

@@ -254,7 +254,7 @@ static int run_job(struct apm_record *record) {
             return apm_sync_write_plain(record);
         return apm_map_fill(job->map, job->offset, (int)job->data, job->size, job->flags);
     case APM_JOB_POPULATE:
-        return apm_populate_run(job->map, job->offset, job->size);
+        return apm_populate_run(job->map, job->offset, job->size, job->flags);
     case APM_JOB_OPEN:
         return apm_file_open((struct apm_open_request *)(uintptr_t)job->data);
     case APM_JOB_MAP:
@@ -265,6 +265,10 @@ static int run_job(struct apm_record *record) {
         return apm_check_run(job->map, (struct apm_check_request *)(uintptr_t)job->data);
     case APM_JOB_OVERLAP:
         return apm_overlap_run(job->map, (struct apm_overlap_request *)(uintptr_t)job->data);
+    case APM_JOB_SPLIT:
+        return apm_split_run(job->map, job->offset, job->size, (struct apm_split_request *)(uintptr_t)job->data);
+    case APM_JOB_MEASURE:
+        return apm_measure_run(job->map, job->offset, job->size, (struct apm_measure_request *)(uintptr_t)job->data);
     default:
         return -EINVAL;
     }
@@ -554,7 +558,7 @@ static bool joins_round(const struct apm_job *job) {
 
 static int check(const struct apm_job *job) {
     bool ranged = job->kind == APM_JOB_PERSIST || job->kind == APM_JOB_COPY || job->kind == APM_JOB_FILL ||
-                  job->kind == APM_JOB_POPULATE;
+                  job->kind == APM_JOB_POPULATE || job->kind == APM_JOB_SPLIT || job->kind == APM_JOB_MEASURE;
     bool of_map = ranged || job->kind == APM_JOB_DRAIN || job->kind == APM_JOB_CHECK || job->kind == APM_JOB_OVERLAP;
     if (job->kind > APM_JOB_OVERLAP || (of_map && !job->map))
         return -EINVAL;
