@@ -1,4 +1,5 @@
 """The core: from errors to maps, each file importing only from those named before it.
 
-errors, granularity, config, runtime statistics, opening, source, registry, ranges, persist, pieces, mapping, making.
+errors, granularity, config, runtime statistics, opening, source, registry, ranges, persist, pieces, folios, mapping,
+making.
 """

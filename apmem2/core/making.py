@@ -281,7 +281,8 @@ def map_from_existing(
 
     The whole range must be mapped, shared, and of the source; it must overlap no registered map (half-open byte
     intervals: touching is allowed). `aclose` ends the object and never unmaps. Advice and cached pages of the mapping
-    are not touched.
+    are not touched: where the file was read or written in large pieces, a persist of one page may write up to 2 MiB
+    (`Map.write_amplification` measures it, `Map.split_folios` cures it; `memcpy` never does).
 
     Durability: nothing by itself; what happened before the adoption cannot be known. The name and size of a file that
     somebody else made are theirs to make durable: fsync it and its directory once (what `open` makes is durable).

@@ -9,7 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, overload
 
-from apmem2.core import config, runtime
+from apmem2.core import config, folios, runtime
 from apmem2.core.errors import (
     AccessError,
     ClosedError,
@@ -514,6 +514,55 @@ class Map:
         if self._view is None:
             raise AccessError(f"{self._name()} was made without Protection.READ", hint="Ask for Protection.READ.")
         await in_pieces(start, length, partial(self._strategy.populate, self), on_progress)
+
+    # ---- the page cache ----------------------------------------------------------------------------------------------
+
+    def _in_page_cache(self) -> bool:
+        """Does a store here make something of the page cache dirty that a persist then writes?"""
+        return self._granularity is Granularity.PAGE and self._durability is not Durability.NONE
+
+    async def write_amplification(
+        self, offset: int | None = None, size: int | None = None, *, samples: int = 8
+    ) -> float | None:
+        """Bytes that a persist of one stored page writes, divided by the page's size: 1.0 is best, 256.0 means 1 MiB.
+
+        The kernel does not tell, so it is tried: up to `samples` pages spread over the range (default: all) are
+        persisted, made dirty without changing them, and persisted again; what became dirty is counted. None: it cannot
+        be known here (no page cache below the map, a kernel before 5.14, pages that others keep dirty). See
+        docs/page_cache.md, and `split_folios` for the cure.
+
+        Durability: none of its own; what lay in those pages is persisted.
+        Raises: as `persist`, and `AccessError` on a map that may only be read.
+        """
+        self._check_writable()
+        start, length = self._range(offset, size, "write_amplification")
+        count = whole(samples, "samples")
+        if not 1 <= count <= 1024:
+            raise ValueError(f"samples must be from 1 to 1024, not {count}")
+        if not length or not self._in_page_cache():
+            return None
+        return await folios.measured(self, self._strategy, start, length, count)
+
+    async def split_folios(
+        self, offset: int | None = None, size: int | None = None, *, random_access: bool = False
+    ) -> int:
+        """Split what the page cache holds of a range (default: all) in large folios into single pages, in memory.
+
+        So a one-page persist writes one page again, after somebody read or wrote the file in large pieces. Nothing is
+        read, and nothing leaves the cache; the range is persisted first, because what is dirty cannot be split, and
+        its pages are faulted in again when they are touched next (about 0.3 µs a page). What another process maps as
+        well stays as it is. random_access: also advise the kernel that access is random, so that later faults bring
+        single pages (and read nothing ahead: a sequential reader then wants `populate`); without it an adopted
+        mapping's own faults may bring large folios again. Maps that `open` and `map_new` made have that advice.
+
+        Returns the bytes that were seen to lie in large folios and do so no more; 0 where there is no page cache.
+        Durability: on return the range is durable, as after `persist`. Raises as `persist`.
+        """
+        start, length = self._range(offset, size, "split_folios")
+        if not length or not self._in_page_cache():
+            return 0
+        await self.persist(start, length)
+        return await folios.split(self, self._strategy, start, length, random_access)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

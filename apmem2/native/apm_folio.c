@@ -143,7 +143,8 @@ static void set_large_reads(const struct apm_map *map, uint32_t word) {
 }
 
 /* Reads one block, of which the cache holds nothing, as large folios and splits them. When that is not seen to work the
- * first time, what was read is dropped again, and this file is read in single pages from then on. */
+ * first time, what was read is dropped again, and this file is read in single pages from then on. (A store in between
+ * makes the folio dirty, and it stays large until somebody splits it.) */
 static void read_block_large(const struct apm_map *map, const struct window *window, uint64_t offset) {
     const uint64_t page = apm_page_size(), at = window->address + (offset - window->offset);
     bool there = advise(at, page, MADV_POPULATE_READ) == 0 && block_cached(at, BLOCK) == 1 &&
@@ -151,7 +152,7 @@ static void read_block_large(const struct apm_map *map, const struct window *win
     int pages = there ? split_block(window, at, BLOCK) : 0;
     if (pages > 0) {
         set_large_reads(map, LARGE_READS_WORK);
-    } else if (pages < 0 || large_reads(map) == NOT_TRIED) { /* else: no memory for a large folio this time */
+    } else if (pages < 0 || large_reads(map) != LARGE_READS_WORK) { /* else: no memory for a large folio this time */
         int result;
         set_large_reads(map, LARGE_READS_DO_NOT);
         (void)advise(at, BLOCK, MADV_DONTNEED); /* of our own window */

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from time import perf_counter_ns
 
 import apmem2
 
-from .context import Context, Entry, random_pages
+from .context import Context, Entry, plain_mapping, random_pages
 from .harness import MIB, PAGE, Goal, Rounds, Row, interleave, median_ratio, microseconds
 from .rows_persist import copy_pages, store_and_persist
 
@@ -135,4 +137,58 @@ async def cold_scan(c: Context) -> list[Row]:
     ]
 
 
-ENTRIES = [Entry("bytes", device_bytes), Entry("scan", cold_scan)]
+async def adopted_map(c: Context) -> list[Row]:
+    """Somebody else's mapping of a file in large folios: a persisted page before and after the cure, and a scan."""
+    if not c.device:
+        return [Row("device bytes per persisted page", "4 KiB", skipped="no block device below this directory")]
+    size, count = c.scale.scan_bytes, c.scale.operations
+    rows: list[Row] = []
+    with c.scratch() as path, ExitStack() as stack:
+        file, bare = path(), path()
+        c.written(file, size, MIB)
+        c.written(bare, size, MIB)
+        memory = plain_mapping(stack, file, size)
+        plain = stack.enter_context(c.loop_on(bare, size, "keep", "scan"))
+        async with apmem2.map_from_existing(memory) as m:
+
+            async def measure(case: str, goal: Goal | None) -> None:
+                rounds = Rounds(c.device)
+                with rounds:
+                    await store_and_persist(m, random_pages(size, count))
+                each, told = rounds.bytes_written / count, await m.write_amplification()
+                row = Row(f"device bytes per page, adopted map, {case}", "4 KiB", f"{each:,.0f} B", "4,096 B")
+                row.ratio, row.goal, row.note = each / PAGE, goal, f"write_amplification() says {told}"
+                rows.append(rounds.book(row))
+
+            async def cold() -> float:
+                memory.madvise(mmap.MADV_DONTNEED)
+                drop_cached(file)
+                return await scan(m)
+
+            async def theirs() -> float:
+                return plain.run(1)[0]
+
+            await measure("large folios", None)
+            began = perf_counter_ns()
+            split = await m.split_folios(random_access=True)
+            took = perf_counter_ns() - began
+            await measure("after split_folios", Goal("<=", 1.2))
+            rows[-1].note += f"; {split / MIB:.0f} MiB split in {microseconds(took)}"
+            await cold()
+            await theirs()
+            left, right = await interleave(max(5, c.scale.alternations), cold, theirs)
+            await measure("after split_folios and a cold scan", Goal("<=", 1.2))
+        rows.append(
+            Row(
+                f"cold sequential scan, {size // MIB} MiB, adopted map after split_folios",
+                "C loop, a plain mapping",
+                microseconds(median(left)),
+                microseconds(median(right)),
+                median_ratio(right, left),
+                Goal(">=", 0.8),
+            )
+        )
+    return rows
+
+
+ENTRIES = [Entry("bytes", device_bytes), Entry("scan", cold_scan), Entry("adopted", adopted_map)]
