@@ -256,6 +256,8 @@ class Bridge:
     def _pack(self, batch: list[Operation]) -> None:
         """As an array of struct apm_job; short data in one piece of memory, for as long as one of its jobs runs."""
         pieces = [operation.data for operation in batch if type(operation.data) is bytes]
+        joined: Any = None
+        address = 0
         if pieces:
             joined = ffi.from_buffer(b"".join(pieces))
             address = int(ffi.cast("uintptr_t", joined))

@@ -163,63 +163,99 @@ static void count(const struct apm_record *record, struct apm_map_full *map, uin
         map->numbers.bytes_copied += record->job.size;
 }
 
-/* Books one record out. pool_lock held. */
-static void settle(struct apm_record *record, uint64_t now, struct apm_record ***done) {
+/* Books a drain out. pool_lock held. */
+static void settle_drain(struct apm_record *record, uint64_t now) {
     struct apm_map_full *map = (struct apm_map_full *)record->job.map;
     record->state = DONE;
     count(record, map, now - record->accepted_ns);
-    if (!map)
-        return;
     map->pins--;
-    if (record->job.kind == APM_JOB_DRAIN) {
-        if (!(record->job.flags & APM_DRAIN_ALL) && record->code != APM_E_WITHDRAWN)
-            record->code = drained(map, record->code);
-        map->told = map->told || (record->code < 0 && record->code != APM_E_WITHDRAWN);
-        unmap_if_unused(map);
-        return;
-    }
-    map->running_all--;
-    map->running_sync -= record->is_sync;
-    int code = record->code == APM_E_WITHDRAWN ? 0 : record->code;
-    /* It stays: those bytes are not durable, so no later drain may say that all accepted before it are. */
-    if (code < 0 && record->job.kind == APM_JOB_PERSIST && (record->job.flags & APM_PERSIST_UNAWAITED) && !map->flush_failed)
-        map->flush_failed = code;
-    release_drains(map, record->sequence, record->is_sync, code, done);
+    if (!(record->job.flags & APM_DRAIN_ALL) && record->code != APM_E_WITHDRAWN)
+        record->code = drained(map, record->code);
+    map->told = map->told || (record->code < 0 && record->code != APM_E_WITHDRAWN);
     unmap_if_unused(map);
 }
 
-/* Books a list of ended records out and tells their channels. */
-static void complete(struct apm_record *records) {
-    struct apm_record *all = records, **end = &all, *drained = NULL, **drained_end = &drained;
+static void settle_drains(struct apm_record *drains, uint64_t now) { /* pool_lock held */
+    for (struct apm_record *drain = drains; drain; drain = drain->next)
+        settle_drain(drain, now);
+}
+
+/* What is needed of a record after it was published, when its slot is somebody else's. */
+struct ended {
+    struct apm_map_full *map;
+    uint64_t sequence;
+    int32_t code;
+    bool is_sync, unawaited;
+};
+
+/* The map learns that a job of it has ended. pool_lock held. */
+static void let_go(const struct ended *job, struct apm_record ***done) {
+    struct apm_map_full *map = job->map;
+    int code = job->code == APM_E_WITHDRAWN ? 0 : job->code;
+    map->pins--;
+    map->running_all--;
+    map->running_sync -= job->is_sync;
+    /* It stays: those bytes are not durable, so no later drain may say that all accepted before it are. */
+    if (code < 0 && job->unawaited && !map->flush_failed)
+        map->flush_failed = code;
+    release_drains(map, job->sequence, job->is_sync, code, done);
+    unmap_if_unused(map);
+}
+
+/* Books ended records out, tells their channels, and then the drains that waited for them: whoever is told that all has
+ * ended finds the completions of it before. */
+static void complete_some(struct apm_record *records) {
+    struct ended jobs[APM_ROUND_JOBS_MAX];
+    struct apm_record *drains = NULL, **drains_end = &drains;
+    uint32_t count_jobs = 0;
     uint64_t now = apm_now_ns();
     pthread_mutex_lock(&lock);
     for (struct apm_record *record = records; record; record = record->next) {
-        settle(record, now, &drained_end);
-        end = &record->next;
+        struct apm_map_full *map = (struct apm_map_full *)record->job.map;
+        bool persist = record->job.kind == APM_JOB_PERSIST;
+        if (record->job.kind == APM_JOB_DRAIN) {
+            settle_drain(record, now);
+            continue;
+        }
+        record->state = DONE;
+        count(record, map, now - record->accepted_ns);
+        if (map)
+            jobs[count_jobs++] = (struct ended){map, record->sequence, record->code, record->is_sync,
+                                                persist && (record->job.flags & APM_PERSIST_UNAWAITED)};
     }
-    for (struct apm_record *drain = drained; drain; drain = drain->next) {
-        struct apm_record *none = NULL, **none_end = &none;
-        settle(drain, now, &none_end);
-    }
-    *end = drained;
+    pthread_mutex_unlock(&lock);
+    apm_channel_publish(records);
+    pthread_mutex_lock(&lock);
+    for (uint32_t i = 0; i < count_jobs; i++)
+        let_go(&jobs[i], &drains_end);
+    settle_drains(drains, now);
     if (stopping && !running())
         pthread_cond_broadcast(&all_quiet);
     unlock_and_call();
-    apm_channel_publish(all);
+    apm_channel_publish(drains);
+}
+
+static void complete(struct apm_record *records) {
+    while (records) {
+        struct apm_record *last = records, *rest;
+        for (uint32_t i = 1; i < APM_ROUND_JOBS_MAX && last->next; i++)
+            last = last->next;
+        rest = last->next;
+        last->next = NULL;
+        complete_some(records);
+        records = rest;
+    }
 }
 
 void apm_map_errand_done(struct apm_map_full *map) {
-    struct apm_record *drained = NULL, **end = &drained;
+    struct apm_record *drains = NULL, **end = &drains;
     uint64_t now = apm_now_ns();
     pthread_mutex_lock(&lock);
     release_drains(map, map->unmap_sequence, false, 0, &end);
     map->unmap_sequence = 0;
-    for (struct apm_record *drain = drained; drain; drain = drain->next) {
-        struct apm_record *none = NULL, **none_end = &none;
-        settle(drain, now, &none_end);
-    }
+    settle_drains(drains, now);
     pthread_mutex_unlock(&lock);
-    apm_channel_publish(drained);
+    apm_channel_publish(drains);
 }
 
 /* ---- threads ---------------------------------------------------------------------------------------------------- */
@@ -594,8 +630,7 @@ static int accept_job(struct apm_channel *channel, const struct apm_job *job, ui
         record->waits_for = all ? map->running_all + (map->unmap_sequence != 0) : map->running_sync;
         record->state = PARKED;
         if (record->waits_for == 0) {
-            struct apm_record *none = NULL, **none_end = &none;
-            settle(record, now, &none_end);
+            settle_drain(record, now);
             record->next = NULL;
             **done = record;
             *done = &record->next;

@@ -24,7 +24,7 @@ ROOF = {"asgi", "cli", "replication", "testing", "__main__", "__init__"}
 
 LINES_MAX = 450
 LONGER = {
-    "native/apm_pool.c": 800,  # one state machine under one lock
+    "native/apm_pool.c": 850,  # one state machine under one lock
     "core/mapping.py": 690,  # Map
     "core/runtime.py": 550,  # the only file that knows the loop
 }
