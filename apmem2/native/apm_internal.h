@@ -174,6 +174,7 @@ struct apm_map_full {
     uint32_t pins;          /* jobs that use the memory */
     bool disowned, unmapping;
     uint32_t running_all, running_sync; /* accepted, not completed */
+    uint32_t publishing;                /* completed, and its channel is only being told */
     struct apm_record *drains;          /* waiting for some of them */
     int32_t flush_failed;               /* first error of a flush that nobody awaited; stays */
     bool told;                          /* a drain has said so */

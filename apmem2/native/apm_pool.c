@@ -180,59 +180,72 @@ static void settle_drains(struct apm_record *drains, uint64_t now) { /* pool_loc
         settle_drain(drain, now);
 }
 
-/* What is needed of a record after it was published, when its slot is somebody else's. */
-struct ended {
-    struct apm_map_full *map;
-    uint64_t sequence;
-    int32_t code;
-    bool is_sync, unawaited;
-};
-
-/* The map learns that a job of it has ended. pool_lock held. */
-static void let_go(const struct ended *job, struct apm_record ***done) {
-    struct apm_map_full *map = job->map;
-    int code = job->code == APM_E_WITHDRAWN ? 0 : job->code;
-    map->pins--;
+/* Books a job out. Its map stays pinned until it is published. pool_lock held. */
+static void settle(struct apm_record *record, uint64_t now, struct apm_record ***done) {
+    struct apm_map_full *map = (struct apm_map_full *)record->job.map;
+    record->state = DONE;
+    count(record, map, now - record->accepted_ns);
+    if (!map)
+        return;
     map->running_all--;
-    map->running_sync -= job->is_sync;
+    map->running_sync -= record->is_sync;
+    map->publishing++;
+    int code = record->code == APM_E_WITHDRAWN ? 0 : record->code;
     /* It stays: those bytes are not durable, so no later drain may say that all accepted before it are. */
-    if (code < 0 && job->unawaited && !map->flush_failed)
+    if (code < 0 && record->job.kind == APM_JOB_PERSIST && (record->job.flags & APM_PERSIST_UNAWAITED) && !map->flush_failed)
         map->flush_failed = code;
-    release_drains(map, job->sequence, job->is_sync, code, done);
+    release_drains(map, record->sequence, record->is_sync, code, done);
+}
+
+/* A job of the map that ended at a moment was published: drains accepted after that moment waited for nothing else of it.
+ * pool_lock held. */
+static void let_go(struct apm_map_full *map, uint64_t ended, struct apm_record ***done) {
+    map->pins--;
+    map->publishing--;
+    for (struct apm_record **at = &map->drains; *at;) {
+        struct apm_record *drain = *at;
+        if (drain->sequence > ended && --drain->waits_for == 0) {
+            *at = drain->next;
+            drain->next = NULL;
+            **done = drain;
+            *done = &drain->next;
+        } else {
+            at = &drain->next;
+        }
+    }
     unmap_if_unused(map);
 }
 
-/* Books ended records out, tells their channels, and then the drains that waited for them: whoever is told that all has
- * ended finds the completions of it before. */
+/* Books ended records out and tells their channels. Whoever is told afterwards that all has ended finds the completions of
+ * it before: else what they hold would still be held. */
 static void complete_some(struct apm_record *records) {
-    struct ended jobs[APM_ROUND_JOBS_MAX];
-    struct apm_record *drains = NULL, **drains_end = &drains;
-    uint32_t count_jobs = 0;
+    struct apm_map_full *maps[APM_ROUND_JOBS_MAX];
+    struct apm_record *drains = NULL, **drains_end = &drains, *later = NULL, **later_end = &later, **end = &records;
+    uint32_t named = 0;
     uint64_t now = apm_now_ns();
     pthread_mutex_lock(&lock);
     for (struct apm_record *record = records; record; record = record->next) {
-        struct apm_map_full *map = (struct apm_map_full *)record->job.map;
-        bool persist = record->job.kind == APM_JOB_PERSIST;
-        if (record->job.kind == APM_JOB_DRAIN) {
+        if (record->job.kind == APM_JOB_DRAIN)
             settle_drain(record, now);
-            continue;
-        }
-        record->state = DONE;
-        count(record, map, now - record->accepted_ns);
-        if (map)
-            jobs[count_jobs++] = (struct ended){map, record->sequence, record->code, record->is_sync,
-                                                persist && (record->job.flags & APM_PERSIST_UNAWAITED)};
+        else
+            settle(record, now, &drains_end);
+        if (record->job.map && record->job.kind != APM_JOB_DRAIN)
+            maps[named++] = (struct apm_map_full *)record->job.map;
+        end = &record->next;
     }
+    settle_drains(drains, now);
+    *end = drains;
+    uint64_t ended = ++sequence;
     pthread_mutex_unlock(&lock);
     apm_channel_publish(records);
     pthread_mutex_lock(&lock);
-    for (uint32_t i = 0; i < count_jobs; i++)
-        let_go(&jobs[i], &drains_end);
-    settle_drains(drains, now);
+    for (uint32_t i = 0; i < named; i++)
+        let_go(maps[i], ended, &later_end);
+    settle_drains(later, now);
     if (stopping && !running())
         pthread_cond_broadcast(&all_quiet);
     unlock_and_call();
-    apm_channel_publish(drains);
+    apm_channel_publish(later);
 }
 
 static void complete(struct apm_record *records) {
@@ -627,7 +640,7 @@ static int accept_job(struct apm_channel *channel, const struct apm_job *job, ui
     if (job->kind == APM_JOB_DRAIN) {
         bool all = job->flags & APM_DRAIN_ALL;
         record->code = undrained(map, all);
-        record->waits_for = all ? map->running_all + (map->unmap_sequence != 0) : map->running_sync;
+        record->waits_for = (all ? map->running_all + (map->unmap_sequence != 0) : map->running_sync) + map->publishing;
         record->state = PARKED;
         if (record->waits_for == 0) {
             settle_drain(record, now);
